@@ -10,8 +10,15 @@ from typing import NamedTuple
 
 from nextstate.records import TurnKind
 from nextstate.store.sessions import Candidate, Sessions
-from proxy.linking.history import KEY_BYTES, LETTERS_BYTES, SYSTEM_BYTES, Link, Scope
-from proxy.linking.proof import before, is_answer_to, is_rest_of
+from proxy.linking.history import (
+    KEY_BYTES,
+    LETTERS_BYTES,
+    RARE_BYTES,
+    SYSTEM_BYTES,
+    Link,
+    Scope,
+)
+from proxy.linking.proof import before, is_answer_to, is_rest_of, size_of
 
 
 class Found(NamedTuple):
@@ -46,7 +53,10 @@ def find_parent(sessions: Sessions, link: Link, scope: Scope) -> Found:
         of_chain = of_chain or sessions.with_chain_key(chain_key)
     for rows in _in_the_same_words(sessions, link, of_chain) if of_chain else ():
         if rows:
-            return _found(_surest(rows, link), link)
+            best = _surest(rows, link)
+            if best and not _is_alike(best, link) and not _is_named(sessions, scope):
+                return Found(unsure=True)
+            return _found(best, link)
     rows = of_chain
     shared = [row for row in rows if _in_common(row, last.hashes)]
     if rows and (shared or link.rare or _is_only_conversation(sessions, scope)):
@@ -168,6 +178,14 @@ def _surest(rows: Sequence[Candidate], link: Link, *, siblings: bool = False) ->
     if len({row.session for row in top}) > 1 and len({_letters(row) for row in top}) > 1:
         return None
     return max(top, key=lambda row: (not row.continued, row.seq))
+
+
+def _is_alike(row: Candidate, link: Link) -> bool:
+    """Whether a turn in the same words has the same system's text, too, or the words are many."""
+    last = link.replies[0]
+    if _system(row.context_key) == _system(last.context_key):
+        return True
+    return size_of(before(link.messages, last)) + last.size >= RARE_BYTES
 
 
 def _letters(row: Candidate) -> bytes:

@@ -28,6 +28,11 @@ def before(messages: Sequence[Message], reply: Reply) -> list[Message]:
     return [one for one in messages[: reply.start] if one.meaning is not None or one.hash in said]
 
 
+def size_of(messages: Sequence[Message]) -> int:
+    """How many bytes of these messages tell them from others."""
+    return sum(one.meaning.size if one.meaning else len(one.text) for one in messages)
+
+
 def is_answer_to(sessions: Sessions, row: Candidate, messages: Sequence[Message]) -> bool:
     """Whether a turn with the same replies was asked what a request says before its last reply.
 
@@ -79,7 +84,7 @@ def is_rest_of(sessions: Sessions, row: Candidate, messages: Sequence[Message], 
             break
         rest = rest[: len(rest) - len(near) + at]
         same += 1
-        size += len(message.text) if message.meaning is None else message.meaning.size
+        size += size_of([message])
     return bool(same) and (same == len(messages)) + (same > 1) + (size >= RARE_BYTES) >= 2
 
 

@@ -224,6 +224,21 @@ def test_a_clock_in_what_was_said_first_hides_no_turn() -> None:
         assert found.states("one") == ["No, wrong."]
 
 
+def test_short_words_to_another_system_are_not_the_same_words() -> None:
+    pirate, cook = system("You are a pirate."), system("You are a cook.")
+    for asks, reply, names, parent in (
+        ("Hi", "Hello!", None, None),
+        ("Hi", "Hello!", ["chat"], "one"),
+        ("Sort all the files of this folder.", "I do." + AT_LENGTH, None, "one"),
+    ):
+        steps = [
+            asked("one", [pirate, user(asks)], said(reply)),
+            asked("two", after([cook, user(asks)], said(reply)), said("I see.")),
+        ]
+        with recorded([steps], Random(0), names) as found:
+            assert found.parents["two"] == parent
+
+
 QUESTION = user("That is not what I asked.")
 
 
