@@ -29,6 +29,10 @@ repetition has a bound. The first character stands alone, so that the search ski
 characters: ten times as fast."""
 
 
+_FOLD, _FOLD_ENDS = '<details type="reasoning"', "</details>"
+"""Open WebUI shows thoughts in a fold, and sends it back."""
+
+
 def without_thoughts(text: str) -> str:
     """`text` without its thoughts; the same if somebody has removed some of them before.
 
@@ -40,6 +44,8 @@ def without_thoughts(text: str) -> str:
     """
     if not ("<" in text or "[" in text or "◁" in text):
         return text
+    text, *folds = text.split(_FOLD)
+    text += "".join([fold.partition(_FOLD_ENDS)[2] for fold in folds])
     kept: list[str] = []
     start, thinking = 0, False
     for mark in _MARKS.finditer(text):

@@ -23,7 +23,7 @@ from proxy.linking.history import (
     place_of,
     read_history,
 )
-from proxy.linking.meaning import meaning_of
+from proxy.linking.meaning import meaning_of, stops_of
 from proxy.linking.parents import Found, find_parent, main_turn, session_of
 from proxy.linking.steps import environment_states, find_step, new_messages
 from proxy.redacting import (
@@ -134,6 +134,7 @@ def read_exchange(
         exchange.vague_name,
         exchange.episode,
     )
+    stops = stops_of(request)
     return Read(
         exchange=exchange,
         kind=exchange.kind or profile.kind(request),
@@ -143,8 +144,8 @@ def read_exchange(
         or (_HELD_OUT if exchange.held_out else kept.why),
         history=history,
         scope=scope,
-        link=link_of(history, scope),
-        keys=keys_of(history, meaning_of(reply), scope),
+        link=link_of(history, scope, stops),
+        keys=keys_of(history, meaning_of(reply), scope, stops),
         kept=kept,
     )
 

@@ -29,7 +29,7 @@ from nextstate.redaction.repeated import (
 )
 from nextstate.store.texts import content_hash
 from nextstate.wire import objects, write_json
-from proxy.linking.meaning import Meaning, digest_of_texts, key_of, meaning_of
+from proxy.linking.meaning import Meaning, digest_of_texts, key_of, meaning_of, until_stop
 
 KEY_BYTES, SYSTEM_BYTES, LETTERS_BYTES = 16, 8, 8
 """A context key is a key of the words, then one of the system's messages, then one of the exact
@@ -39,7 +39,7 @@ _TOOLS = ("tool", "function")
 _SHOWING = {"user": Source.USER, **dict.fromkeys(_TOOLS, Source.TOOL)}
 """Roles that may show something without words."""
 _WHITE_SPACE = string.whitespace.encode()
-_CLOCK = f"{string.whitespace}{string.digits}:.,/-+".encode()
+CLOCK = f"{string.whitespace}{string.digits}:.,/-+".encode()
 """The characters in which two times differ; a customer's number may look like one."""
 RARE_BYTES = 180
 """From this size on hardly any two conversations get the same reply by chance. Most canned
@@ -70,6 +70,8 @@ class Message(NamedTuple):
     """What counts of its text for a context key."""
     counts: bool
     """False for a text in which the profile reads nothing: the agent may not send it again."""
+    shows: bool
+    """True if it holds a picture or another attachment."""
     words: str
     """What it says, the system's text included; tells a retry from another first request."""
     redacted: Json | None = None
@@ -159,12 +161,18 @@ class Context(NamedTuple):
     hashes: tuple[bytes, ...]
     """The messages' hashes, without the system's."""
 
-    def key(self, chain_key: bytes) -> bytes | None:
-        """32 bytes, the last 16 of them `system` and `letters`; None if nothing was said."""
+    def key(self, chain_key: bytes, exact: bytes) -> bytes | None:
+        """32 bytes, the last 16 of them `system` and `letters`; None if nothing was said.
+
+        `exact` is what replies say beyond what they mean: it counts as letters.
+        """
         if not self.hashes:
             return None
         words = hashlib.blake2b(chain_key + self.words, digest_size=KEY_BYTES).digest()
-        return words + self.system + self.letters
+        letters = self.letters
+        if exact:
+            letters = hashlib.blake2b(letters + exact, digest_size=LETTERS_BYTES).digest()
+        return words + self.system + letters
 
 
 class Scope(NamedTuple):
@@ -247,27 +255,37 @@ def read_history(
     return History(read, replies, starts, before, in_all)
 
 
-def keys_of(history: History, reply: Meaning, scope: Scope) -> Keys:
-    """The keys of the turn that answers `history` with `reply`."""
+def keys_of(history: History, reply: Meaning, scope: Scope, stops: Sequence[bytes] = ()) -> Keys:
+    """The keys of the turn that answers `history` with `reply`, which `stops` may have ended."""
     prefix = scope.prefix
+    reply, rest = until_stop(reply, stops)
     own = key_of([reply], prefix, 1)
     chain = key_of([*history.replies, reply], prefix, 1) if history.replies else own
-    return Keys(chain, own, history.context.key(chain))
+    exact = b"".join([one.exact for one in (*history.replies, reply)])
+    return Keys(chain, own, history.context.key(chain, exact if rest in stops else exact + rest))
 
 
-def link_of(history: History, scope: Scope) -> Link | None:
-    """How to find the turn that a request continues; None if its history holds no reply."""
+def link_of(history: History, scope: Scope, stops: Sequence[bytes] = ()) -> Link | None:
+    """How to find the turn that a request continues; None if its history holds no reply.
+
+    `stops` may have ended the last reply.
+    """
     chain = history.replies
     if not chain:
         return None
+    if stops:
+        chain = [*chain[:-1], until_stop(chain[-1], stops)[0]]
     prefix, texts = scope.prefix, digest_of_texts(chain)
+    exact = b"".join([one.exact for one in chain])
     replies: list[Reply] = []
     for parts, (start, before) in enumerate(zip(history.starts, history.contexts, strict=True), 1):
         parts_of_reply = chain[-parts:]
         size = sum(part.size for part in parts_of_reply)
         key = key_of(parts_of_reply, prefix, parts) if size else None
         chain_key = key_of(chain, prefix, parts, texts)
-        replies.append(Reply(start, key, chain_key, before.key(chain_key), before.hashes, size))
+        replies.append(
+            Reply(start, key, chain_key, before.key(chain_key, exact), before.hashes, size)
+        )
     return Link(tuple(replies), chain[-1].size >= RARE_BYTES, history.messages)
 
 
@@ -330,36 +348,37 @@ def _is_long_prompt(utterance: Utterance) -> bool:
 
 def _read(message: Json, content: bytes, profile: AgentProfile) -> Message:
     role, utterance = str(message.get("role")), profile.utterance(message)
-    plain, words = text_of(message.get("content")), utterance.text if utterance else ""
+    sent = message.get("content")
+    plain, words = text_of(sent), utterance.text if utterance else ""
     if role == "assistant":
-        return Message(content, role, utterance, None, meaning_of(message), b"", False, words)
+        meaning = meaning_of(message)
+        return Message(content, role, utterance, None, meaning, b"", False, False, words)
     if role in _SYSTEM:
-        text = plain.encode().translate(None, _CLOCK)
-        return Message(
-            content, role, utterance, utterance, None, text, True, words if utterance else plain
-        )
+        text, words = plain.encode().translate(None, CLOCK), words if utterance else plain
+        return Message(content, role, utterance, utterance, None, text, True, False, words)
     shown = utterance
     if utterance is None and role in _SHOWING:
-        shown = attached(message.get("content"), _SHOWING[role])
+        shown = attached(sent, _SHOWING[role])
     # Without white space, because an agent may join messages.
     text = words.encode().translate(None, _WHITE_SPACE)
     counts = utterance is not None or not plain  # a picture has no text
-    return Message(content, role, utterance, shown, None, text, counts, words)
+    shows = any("text" not in part for part in objects(sent))
+    return Message(content, role, utterance, shown, None, text, counts, shows, words)
 
 
 def _reply_starts(messages: Sequence[Message]) -> list[int]:
     """The messages with which the last reply of a history may begin, the likeliest first.
 
     Agents split one reply into several messages, such as one for each call. So the reply begins
-    with the last assistant message, or with one before it if only results of tools and messages
-    without anything heard are between them.
+    with the last assistant message, or with one before it if only results of tools, pictures and
+    messages without anything heard are between them.
     """
     starts: list[int] = []
     for position in range(len(messages) - 1, -1, -1):
         message = messages[position]
         if message.role == "assistant":
             starts.append(position)
-        elif starts and message.role not in _TOOLS and message.utterance is not None:
+        elif starts and not (message.role in _TOOLS or message.shows or not message.utterance):
             break
         if len(starts) == _MOST_PARTS:
             break

@@ -1,22 +1,26 @@
 """What an assistant message means, whichever way an agent writes it when it sends it back.
 
 Agents strip thoughts, rename tool calls, reformat arguments, and split one reply into several
-messages or join two into one. So replies are compared as one text and one list of calls, without
-the borders between messages.
+messages or join two into one. They repair arguments, and JavaScript rounds long numbers. So replies
+are compared as one text and one list of calls, without the borders between messages. Where that
+tells less than what was said, `Meaning.exact` tells replies apart.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import unicodedata
 from collections.abc import Sequence
 from math import isfinite
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from nextstate.hooks import text_of
 from nextstate.records import Json
 from nextstate.thoughts import without_thoughts
 from nextstate.wire import obj, objects
+from proxy.linking.repair import repaired
 
 _NOTHING = ("", "null", "{}", "[]")
 """Ways to write that a call has no arguments."""
@@ -27,6 +31,14 @@ _SPACE = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"
 """What `str.split` cuts ASCII text at."""
 _LONGEST_NUMBER = 400
 _LONGEST_JSON = 1 << 20
+_LONG_NUMBER = re.compile(r'"\\u0000(-?(?:\d{16,400}e-?\d{1,9}|\d{1,400}e\d{3,9}|Infinity)|NaN)"')
+"""A canonical number that need not fit into the 64 bits of JavaScript."""
+_MOST_STOPS = 16
+_CALLING, _OF_CODE = "Calling tools:\n", "python_interpreter"
+"""smolagents sends calls back as text, in Python's spelling. Code in a text, which is no call, gets
+this name."""
+_PLACEHOLDERS = (b"(nocontent)",)
+"""What agents send in place of an empty text, without white space."""
 _THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_text")
 
 
@@ -39,17 +51,44 @@ class Meaning(NamedTuple):
     """A 16-byte digest of each call's name and arguments; call ids do not count."""
     size: int
     """How many bytes of text, names and arguments tell this message from others."""
+    exact: bytes = b""
+    """A digest of what was said where the rest tells less than that; mostly empty."""
 
 
 def meaning_of(message: Json) -> Meaning:
     """The parts of an assistant message that an agent's history keeps."""
-    text = without_space(without_thoughts(_text(message)))
-    given = objects(message.get("tool_calls"))
+    plain, given = without_thoughts(_text(message)), objects(message.get("tool_calls"))
+    if _CALLING in plain and not given:
+        plain, given = _written_calls(plain)
+    text = without_space(plain)
+    text = b"" if text in _PLACEHOLDERS else text
     called = [call.get("function") or call.get("custom") for call in given]
     called.append(message.get("function_call"))
-    calls = [_call(function) for found in called if (function := obj(found))]
-    digests = b"".join(hashlib.blake2b(call, digest_size=_CALL_BYTES).digest() for call in calls)
-    return Meaning(text, digests, len(text) + sum(map(len, calls)))
+    both = [_call(function) for found in called if (function := obj(found))]
+    calls = [meant for meant, _ in both]
+    digests = b"".join(_digest(call) for call in calls)
+    exact = b"".join([own for meant, own in both if own != meant])
+    return Meaning(text, digests, len(text) + sum(map(len, calls)), exact and _digest(exact))
+
+
+def until_stop(reply: Meaning, stops: Sequence[bytes]) -> tuple[Meaning, bytes]:
+    """(a reply up to the first of these stop sequences, what follows that in the reply).
+
+    The engine ends a reply there, and agents write the sequence back, or more.
+    """
+    found = [at for stop in stops if (at := reply.text.find(stop)) >= 0]
+    if not found:
+        return reply, b""
+    text, rest = reply.text[: min(found)], reply.text[min(found) :]
+    return reply._replace(text=text, size=reply.size - len(rest)), rest
+
+
+def stops_of(request: Json) -> list[bytes]:
+    """The stop sequences of a request, without white space."""
+    given = request.get("stop")
+    texts = cast("list[object]", given) if isinstance(given, list) else [given]
+    found = [without_space(text_of(text)) for text in texts[:_MOST_STOPS]]
+    return [stop for stop in found if stop]
 
 
 def key_of(
@@ -81,10 +120,16 @@ def digest_of_texts(replies: Sequence[Meaning]) -> bytes:
 
 
 def without_space(text: str) -> bytes:
-    """The text's bytes without white space."""
+    """The text's bytes without white space, equal letters in one form."""
     if text.isascii():  # much faster, and the same
         return text.encode().translate(None, _SPACE)
+    # A mark before a text goes, and half a character, of which agents keep a mark, was "?" before.
+    text = unicodedata.normalize("NFC", text).replace("\ufeff", "").replace("\ufffd", "?")
     return "".join(text.split()).encode(errors="surrogatepass")
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=_CALL_BYTES).digest()
 
 
 def _text(message: Json) -> str:
@@ -97,9 +142,29 @@ def _text(message: Json) -> str:
     return text_of([{"text": part.get("refusal")} for part in (*parts, message)])
 
 
-def _call(function: Json) -> bytes:
+def _written_calls(text: str) -> tuple[str, list[Json]]:
+    """(a text without the calls that were written at its end, these calls)."""
+    before, _, written = text.rpartition(_CALLING)
+    try:
+        calls = objects(json.loads(repaired(written[:_LONGEST_JSON]) or "0"))
+    except (ValueError, RecursionError):
+        calls = []
+    if not calls:
+        return text, []
+    return before, [one for one in calls if obj(one.get("function")).get("name") != _OF_CODE]
+
+
+def _call(function: Json) -> tuple[bytes, bytes]:
+    """(what a call means, what exactly it says)."""
+    name = str(function.get("name")).lower()  # agents repair `Read` to `read`
     given = function.get("arguments", function.get("input", ""))
-    return json.dumps([str(function.get("name")), canonical_arguments(given)]).encode()
+    meant = said = _canonical(given)
+    if meant is None and isinstance(given, str) and len(given) <= _LONGEST_JSON:
+        meant = _canonical(repaired(given) or given)
+    exact = _spelled(given, said)
+    loose = exact if meant is None else _as_agents_read(_spelled(given, meant))
+    call = json.dumps([name, loose]).encode()
+    return call, call if exact == loose else json.dumps([name, exact]).encode()
 
 
 def canonical_arguments(arguments: object) -> str:
@@ -108,15 +173,37 @@ def canonical_arguments(arguments: object) -> str:
     >>> canonical_arguments('{"n": 5000.0, "a": []}') == canonical_arguments({"a": [], "n": 5000})
     True
     """
+    return _spelled(arguments, _canonical(arguments))
+
+
+def _spelled(arguments: object, canonical: str | None) -> str:
+    if canonical is None:
+        canonical = "".join(arguments.split()) if isinstance(arguments, str) else "not JSON"
+    return "" if canonical in _NOTHING else canonical
+
+
+def _canonical(arguments: object) -> str | None:
+    """The JSON of arguments in one spelling; None if they were cut short, or nest too deep."""
     try:
         text = arguments if isinstance(arguments, str) else json.dumps(arguments)
         value = _parsed(text)
         if isinstance(value, str) and not value.startswith(_NUMBER):
             value = _parsed(value) if value.strip() else None  # JSON within a JSON text
-        found = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    except (ValueError, RecursionError):  # cut short, or nested too deep
-        found = "".join(arguments.split()) if isinstance(arguments, str) else "not JSON"
-    return "" if found in _NOTHING else found
+        return json.dumps(value, sort_keys=True, separators=(",", ":"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _as_agents_read(canonical: str) -> str:
+    """Numbers as JavaScript holds them, and truths that a model put in quotes without these."""
+    if "\\u0000" in canonical:
+        canonical = _LONG_NUMBER.sub(_as_float, canonical)
+    return canonical.replace('"true"', "true").replace('"false"', "false")
+
+
+def _as_float(number: re.Match[str]) -> str:
+    value = float(number[1])
+    return json.dumps(_number(repr(value))) if isfinite(value) else "null"
 
 
 def _parsed(text: str) -> object:
@@ -124,7 +211,7 @@ def _parsed(text: str) -> object:
     if len(text) > _LONGEST_JSON:
         raise ValueError(f"{len(text)} characters of JSON, more than {_LONGEST_JSON}")
     return json.loads(
-        text, parse_int=_number, parse_float=_rounded, parse_constant=str, strict=False
+        text, parse_int=_number, parse_float=_rounded, parse_constant=_NUMBER.__add__, strict=False
     )
 
 

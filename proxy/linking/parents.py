@@ -10,8 +10,15 @@ from typing import NamedTuple
 
 from nextstate.records import TurnKind
 from nextstate.store.sessions import Candidate, Sessions
-from proxy.linking.history import KEY_BYTES, LETTERS_BYTES, SYSTEM_BYTES, Link, Scope
-from proxy.linking.proof import is_answer_to, is_rest_of
+from proxy.linking.history import (
+    KEY_BYTES,
+    LETTERS_BYTES,
+    RARE_BYTES,
+    SYSTEM_BYTES,
+    Link,
+    Scope,
+)
+from proxy.linking.proof import before, is_answer_to, is_rest_of, size_of
 
 
 class Found(NamedTuple):
@@ -41,18 +48,22 @@ def find_parent(sessions: Sessions, link: Link, scope: Scope) -> Found:
     rows = sessions.with_context_key(last.context_key) if last.context_key else []
     if rows:
         return _found(_surest(rows, link), link)
-    found = (sessions.with_chain_key(key) for key in chains)
-    of_chain = next((rows for rows in found if rows), [])
+    of_chain: list[Candidate] = []
+    for chain_key in chains:
+        of_chain = of_chain or sessions.with_chain_key(chain_key)
     for rows in _in_the_same_words(sessions, link, of_chain) if of_chain else ():
         if rows:
-            return _found(_surest(rows, link), link)
+            best = _surest(rows, link)
+            if best and not _is_alike(best, link) and not _is_named(sessions, scope):
+                return Found(unsure=True)
+            return _found(best, link)
     rows = of_chain
     shared = [row for row in rows if _in_common(row, last.hashes)]
     if rows and (shared or link.rare or _is_only_conversation(sessions, scope)):
         best = _surest(shared or rows, link, siblings=True)
         if (
             best is None
-            or is_answer_to(sessions, best, link.messages, last)
+            or is_answer_to(sessions, best, before(link.messages, last))
             or _is_named(sessions, scope)
         ):
             return _found(best, link)
@@ -62,7 +73,8 @@ def find_parent(sessions: Sessions, link: Link, scope: Scope) -> Found:
             continue
         rows = sessions.with_reply_key(reply.key)
         if not _is_named(sessions, scope):
-            proven = [row for row in rows if is_rest_of(sessions, row, link.messages, reply)]
+            left = before(link.messages, reply)
+            proven = [row for row in rows if is_rest_of(sessions, row, left, reply.size)]
             unsure = unsure or len(proven) < len(rows)
             rows = proven
         if rows:
@@ -166,6 +178,14 @@ def _surest(rows: Sequence[Candidate], link: Link, *, siblings: bool = False) ->
     if len({row.session for row in top}) > 1 and len({_letters(row) for row in top}) > 1:
         return None
     return max(top, key=lambda row: (not row.continued, row.seq))
+
+
+def _is_alike(row: Candidate, link: Link) -> bool:
+    """Whether a turn in the same words has the same system's text, too, or the words are many."""
+    last = link.replies[0]
+    if _system(row.context_key) == _system(last.context_key):
+        return True
+    return size_of(before(link.messages, last)) + last.size >= RARE_BYTES
 
 
 def _letters(row: Candidate) -> bytes:

@@ -2,7 +2,7 @@
 
 Strangers get the same replies. An agent adds notes to what a person says and drops them again, at
 the beginning or at the end. So the words of one are the other's without what stands before or
-after.
+after, or around a whole sentence.
 """
 
 from __future__ import annotations
@@ -11,24 +11,36 @@ from collections.abc import Iterator, Sequence
 
 from nextstate.hooks import text_of
 from nextstate.store.sessions import Candidate, Sessions
-from proxy.linking.history import RARE_BYTES, Message, Reply
+from proxy.linking.history import CLOCK, RARE_BYTES, Message, Reply
 from proxy.linking.meaning import without_space
 
 _MOST_READ = 16
 """Stored messages that are read to compare their words."""
+_SENTENCE_BYTES = 16
+"""Words of this size, without white space, are not within another's words by chance."""
 _MOST_NOTES = 2
 """Messages that an agent may have dropped between two others."""
 
 
-def is_answer_to(
-    sessions: Sessions, row: Candidate, messages: Sequence[Message], reply: Reply
-) -> bool:
-    """Whether a turn with the same replies was asked what the request says before `reply`.
+def before(messages: Sequence[Message], reply: Reply) -> list[Message]:
+    """What stands before a reply: other replies, and what counts of users' and tools' messages."""
+    said = frozenset(reply.hashes)
+    return [one for one in messages[: reply.start] if one.meaning is not None or one.hash in said]
+
+
+def size_of(messages: Sequence[Message]) -> int:
+    """How many bytes of these messages tell them from others."""
+    return sum(one.meaning.size if one.meaning else len(one.text) for one in messages)
+
+
+def is_answer_to(sessions: Sessions, row: Candidate, messages: Sequence[Message]) -> bool:
+    """Whether a turn with the same replies was asked what a request says before its last reply.
 
     The message that the reply answers and all of a person's must be the same, or one's words be the
-    other's without a note. Results of tools may have been cut before.
+    other's without a note. In earlier ones a clock may have gone on, and results of tools may have
+    been cut.
     """
-    asked = [one for one in _before(messages, reply) if one.meaning is None]
+    asked = [one for one in messages if one.meaning is None]
     if not asked:
         return False
     stored = frozenset(row.message_hashes)
@@ -39,20 +51,28 @@ def is_answer_to(
     kept = _texts(sessions, [one for one in row.message_hashes if one not in shared])
     needed = [one for one in changed if one is asked[-1] or one.role == "user"]
     # Each search goes on where the one before it ended: both are in order, and read once.
-    return all(any(_one_in_other(one.text, text) for text in kept) for one in needed)
+    return all(
+        any(
+            _one_in_other(one.text, text)
+            or (one is not asked[-1] and _but_for_clock(one.text, text))
+            for text in kept
+        )
+        for one in needed
+    )
 
 
-def is_rest_of(
-    sessions: Sessions, row: Candidate, messages: Sequence[Message], reply: Reply
-) -> bool:
-    """Whether a turn with the same last reply was asked what is left of a history before `reply`.
+def is_rest_of(sessions: Sessions, row: Candidate, messages: Sequence[Message], size: int) -> bool:
+    """Whether a turn with the same last reply was asked what is left of a history before it.
 
-    The messages right before the reply must be the last ones that the turn was asked. Two of three
-    must hold: they are all that is left, there are several, and they are long with the reply.
+    The messages right before the reply, which has `size` bytes, must be the last ones that the turn
+    was asked. Two of three must hold: they are all that is left, there are several, and they are
+    long with the reply. Or people said the same to both: then only an agent's own work was dropped
+    or joined.
     """
-    before = _before(messages, reply)
-    rest, size, same = row.message_hashes, reply.size, 0
-    for message in reversed(before):
+    if _all_people_said(sessions, row, messages):
+        return True
+    rest, same = row.message_hashes, 0
+    for message in reversed(messages):
         near = rest[-1 - _MOST_NOTES :]
         if message.hash in near:
             at = len(near) - 1 - near[::-1].index(message.hash)
@@ -64,14 +84,21 @@ def is_rest_of(
             break
         rest = rest[: len(rest) - len(near) + at]
         same += 1
-        size += len(message.text) if message.meaning is None else message.meaning.size
-    return bool(same) and (same == len(before)) + (same > 1) + (size >= RARE_BYTES) >= 2
+        size += size_of([message])
+    return bool(same) and (same == len(messages)) + (same > 1) + (size >= RARE_BYTES) >= 2
 
 
-def _before(messages: Sequence[Message], reply: Reply) -> list[Message]:
-    """The replies, and what counts of people's and tools' messages, before a reply."""
-    said = frozenset(reply.hashes)
-    return [one for one in messages[: reply.start] if one.meaning is not None or one.hash in said]
+def _all_people_said(sessions: Sessions, row: Candidate, messages: Sequence[Message]) -> bool:
+    """Whether these messages hold all of people's words that a turn was asked, and no others."""
+    people = [one.hash for one in messages if one.role == "user"]
+    stored = row.message_hashes
+    if not people or not frozenset(people).issubset(stored):
+        return False
+    known = frozenset(one.hash for one in messages)
+    others = [one for one in stored if one not in known]
+    return len(others) <= _MOST_READ and not any(
+        sessions.message(one).get("role") == "user" for one in others
+    )
 
 
 def _texts(sessions: Sessions, hashes: Sequence[bytes]) -> Iterator[bytes]:
@@ -82,4 +109,11 @@ def _texts(sessions: Sessions, hashes: Sequence[bytes]) -> Iterator[bytes]:
 
 def _one_in_other(one: bytes, other: bytes) -> bool:
     shorter, longer = sorted((one, other), key=len)
-    return bool(shorter) and (longer.startswith(shorter) or longer.endswith(shorter))
+    if longer.startswith(shorter) or longer.endswith(shorter):
+        return bool(shorter)
+    return len(shorter) >= _SENTENCE_BYTES and shorter in longer
+
+
+def _but_for_clock(one: bytes, other: bytes) -> bool:
+    words = one.translate(None, CLOCK)
+    return bool(words) and words == other.translate(None, CLOCK)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nextstate.records import Json
 from nextstate.thoughts import without_thoughts
 from proxy.linking.meaning import canonical_arguments, key_of, meaning_of
+from proxy.linking.repair import repaired
 
 
 def call(arguments: object) -> Json:
@@ -172,3 +173,27 @@ def test_where_messages_are_cut_changes_no_key(texts: list[str], data: st.DataOb
     joined = "".join(texts)
     at = data.draw(st.integers(0, len(joined)))
     assert key(texts) == key([joined]) == key([joined[:at], joined[at:]])
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text('a"\\\n[}é,'),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab'{:"), inner),
+        max_leaves=8,
+    ),
+    st.data(),
+)
+def test_json_that_was_cut_anywhere_is_closed_and_whole_json_stays(
+    value: object, data: st.DataObject
+) -> None:
+    text = json.dumps({"a": value}, ensure_ascii=data.draw(st.booleans()))
+    assert json.loads(repaired(text) or "") == {"a": value}
+    assert json.loads(repaired(repr({"a": value})) or "", strict=False) == {"a": value}
+    assert isinstance(
+        json.loads(repaired(text[: data.draw(st.integers(1, len(text)))]) or ""), dict
+    )
+
+
+@pytest.mark.parametrize("text", ["", "rm -r", '"a"', "*** Begin Patch\n[", "{]", "[}", "1"])
+def test_what_is_no_object_and_no_list_is_not_repaired(text: str) -> None:
+    assert repaired(text) is None

@@ -186,6 +186,59 @@ def test_what_is_left_after_a_summary_finds_its_turn_if_it_is_enough(own: list[J
             assert found.parents["two"] == "one"
 
 
+@pytest.mark.parametrize(
+    ("own", "reply", "later"),
+    [
+        ([SHOP, BOOK, said("I look.", "f"), OK], DONE, [SHOP, BOOK, DONE]),
+        ([SHOP, BOOK, said("I look.", "f"), OK], DONE, [SHOP, BOOK, said("I look."), DONE]),
+        ([SHOP, BOOK, said("The user wants")], said("a book.</think>Done."), [SHOP, BOOK, DONE]),
+        ([SHOP, BOOK, said("Sure: ")], said("Sure: it is."), [SHOP, BOOK, said("Sure: it is.")]),
+    ],
+)
+def test_where_only_an_agents_own_work_was_dropped_all_that_people_said_is_proof(
+    own: list[Json], reply: Json, later: list[Json]
+) -> None:
+    steps = [
+        asked("one", own, reply),
+        asked("stranger", [SHOP, BOOK, said("Which?"), POEM, later[-1], user("No.")], said("Why?")),
+        asked("two", [*later, user("Thanks.")], said("Gladly.")),
+    ]
+    with recorded([steps], Random(0)) as found:
+        assert found.parents["stranger"] is None
+        assert found.states("one") == ["Thanks."]
+
+
+def test_a_clock_in_what_was_said_first_hides_no_turn() -> None:
+    """Here in a user's message. Whoever then asks something else is another one."""
+
+    def timed(minute: int, *later: Json) -> list[Json]:
+        return [user(f"It is 10:{minute}, and you are an agent."), BOOK, said("Which?"), *later]
+
+    steps = [
+        asked("one", timed(10, user("This.")), DONE),
+        asked("stranger", after(timed(20, user("That.")), DONE), said("Why?")),
+        asked("two", after(timed(30, user("This.")), DONE), said("I see.")),
+    ]
+    with recorded([steps], Random(0)) as found:
+        assert found.parents["stranger"] is None
+        assert found.states("one") == ["No, wrong."]
+
+
+def test_short_words_to_another_system_are_not_the_same_words() -> None:
+    pirate, cook = system("You are a pirate."), system("You are a cook.")
+    for asks, reply, names, parent in (
+        ("Hi", "Hello!", None, None),
+        ("Hi", "Hello!", ["chat"], "one"),
+        ("Sort all the files of this folder.", "I do." + AT_LENGTH, None, "one"),
+    ):
+        steps = [
+            asked("one", [pirate, user(asks)], said(reply)),
+            asked("two", after([cook, user(asks)], said(reply)), said("I see.")),
+        ]
+        with recorded([steps], Random(0), names) as found:
+            assert found.parents["two"] == parent
+
+
 QUESTION = user("That is not what I asked.")
 
 
@@ -223,6 +276,10 @@ def test_a_long_canned_reply_alone_is_no_proof(
         ("Book a table.", "[10:00] Book a table."),
         ("Book a table.\n\n<context>\nIt rains.\n</context>", "Book a table."),
         ("Book  a\ntable.\n\nRuntime: host", "Book a table."),
+        (
+            "Answer from this.\n<query>Is a table free at ten?</query>\nBe brief.",
+            "Is a table free at ten?",
+        ),
     ],
 )
 @pytest.mark.parametrize(("names", "vague"), [(None, False), (["app"], True)])
