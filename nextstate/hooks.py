@@ -284,12 +284,13 @@ def text_of(content: object) -> str:
 
 
 def attached(content: object, source: Source) -> Utterance | None:
-    """The kinds of the parts of a message without words, such as `[image]`."""
+    """The kinds of the parts of a message that are no texts, such as `[image]`.
+
+    They say something where its texts say nothing, for a person wrote none of them.
+    """
     parts: Sequence[object] = cast(Sequence[object], content) if isinstance(content, list) else ()
     found = [cast(Json, part) for part in parts if isinstance(part, dict)]
     kinds = [str(part.get("type") or [*part]) for part in found]  # vLLM needs no type
-    if not kinds or text_of(cast(object, content)).strip():
-        return None
     names = [name for kind in kinds for name in _ATTACHED if name in kind]
     return Utterance(source, " ".join(f"[{name}]" for name in names)) if names else None
 

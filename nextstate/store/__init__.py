@@ -30,7 +30,7 @@ from nextstate.store.judging import Judging
 from nextstate.store.keys import Keys
 from nextstate.store.ledger import Head, Ledger
 from nextstate.store.lookup import Lookup
-from nextstate.store.migrations import is_current, migrate
+from nextstate.store.migrations import NotWholeError, is_current, migrate
 from nextstate.store.recording import Parts, Recording, prepared
 from nextstate.store.retention import Retention
 from nextstate.store.reviewing import Reviewing
@@ -105,14 +105,19 @@ class Store:
             raise
 
     def _bring_up(self) -> None:
-        with self.database.read() as connection:
-            current = is_current(connection)
-        if not current:
-            with self.database.write() as connection:
-                try:
-                    migrate(connection)
-                except StoreError as error:
-                    raise StoreError(f"{self.database.name}: {error}") from error
+        try:
+            with self.database.read() as connection:
+                current = is_current(connection)
+            if not current:
+                with self.database.write() as connection:
+                    try:
+                        migrate(connection)
+                    except NotWholeError:
+                        raise
+                    except StoreError as error:
+                        raise StoreError(f"{self.database.name}: {error}") from error
+        except NotWholeError as error:
+            raise self.database.damaged(str(error)) from error
         with self.database.read() as connection:
             self.vault = unlock(connection, self.dir, self._with_key)
         sealed_files.use(self.dir, self.vault)

@@ -363,6 +363,14 @@ class Database:
         """What fails in the block with this database raises StoreError, as in its queries."""
         return self._as_store_errors()
 
+    def damaged(self, said: str) -> StoreError:
+        """The error for a database that is not whole."""
+        return StoreError(
+            f"{self._dialect.name} is no whole {self._dialect.kind} database: {said}; "
+            "it is left as it is: "
+            "put a whole copy in its place, or move it away to begin with an empty store"
+        )
+
     @contextmanager
     def _as_store_errors(self) -> Generator[None]:
         try:
@@ -379,11 +387,7 @@ class Database:
                     f"disk, end what locks it or {self._dialect.remedy}, and try again"
                 ) from cause
             if self._dialect.is_damaged(cause):
-                raise StoreError(
-                    f"{self._dialect.name} is no whole {self._dialect.kind} database: {said}; "
-                    "it is left as it is: "
-                    "put a whole copy in its place, or move it away to begin with an empty store"
-                ) from cause
+                raise self.damaged(said) from cause
             if isinstance(error, OSError):
                 raise
             # Not the error itself, which may hold the values that the statement was given.

@@ -23,7 +23,7 @@ from nextstate.errors import SealError, StartError
 from nextstate.store import schema as t
 from nextstate.store.database import APPENDED, Database
 from nextstate.store.ledger import Head, Kind, append
-from nextstate.store.migrations import is_current, migrate
+from nextstate.store.migrations import NotWholeError, is_current, migrate
 from nextstate.store.texts import packed_place
 from nextstate.store.vault import (
     KEY_BYTES,
@@ -322,9 +322,12 @@ def exclusive_encryption(database: Database, folder: Path) -> Generator[Encrypti
                     f"the store in {folder} is in use ({error}): end `nextstate up` and whatever "
                     "else has it open"
                 ) from None
-            with connection.begin():
-                if not is_current(connection):
-                    migrate(connection)
+            try:
+                with connection.begin():
+                    if not is_current(connection):
+                        migrate(connection)
+            except NotWholeError as error:
+                raise database.damaged(str(error)) from error
             yield Encryption(database, connection, folder)
     finally:
         database.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import sqlalchemy as sa
 
@@ -116,12 +116,29 @@ MIGRATIONS: Mapping[int, Step] = {
 A new database is made at VERSION at once, so a step must leave an old one with the same tables."""
 
 
+_OURS = 3
+"""A database with so many tables of our names is ours, also if others of them are gone."""
+
+
+class NotWholeError(StoreError):
+    """A table is gone, as in a database that a dump was read into only in part."""
+
+
 def is_current(connection: sa.Connection) -> bool:
-    """True if there is nothing to migrate: to see that needs no lock."""
-    known = sa.inspect(connection).has_table("schema_version")
-    return known and connection.execute(sa.select(t.schema_version.c.version)).all() == [
-        (t.VERSION,)
-    ]
+    """True if there is nothing to migrate: to see that needs no lock. Raises NotWholeError."""
+    tables = sa.inspect(connection).get_table_names()
+    if "schema_version" not in tables:
+        return False
+    if connection.execute(sa.select(t.schema_version.c.version)).all() != [(t.VERSION,)]:
+        return False
+    _require_all(tables)
+    return True
+
+
+def _require_all(tables: Iterable[str]) -> None:
+    gone = sorted(t.metadata.tables.keys() - set(tables))
+    if gone:
+        raise NotWholeError(f"it has no table {', '.join(gone)}")
 
 
 def migrate(
@@ -129,7 +146,10 @@ def migrate(
     target: int = t.VERSION,
     steps: Mapping[int, Step] = MIGRATIONS,
 ) -> None:
-    """Brings the database to `target` inside the caller's transaction. Raises StoreError."""
+    """Brings the database to `target` inside the caller's transaction. Raises StoreError.
+
+    If a table is gone, that is a NotWholeError.
+    """
     tables = sa.inspect(connection).get_table_names()
     if not tables:
         t.metadata.create_all(connection, checkfirst=False)
@@ -137,6 +157,8 @@ def migrate(
         connection.execute(sa.insert(t.schema_version).values(version=target))
         return
     if not {"schema_version", "turns"}.issubset(tables):
+        if len(t.metadata.tables.keys() & set(tables)) >= _OURS:
+            _require_all(tables)
         raise StoreError(
             f"it is a database of another program, with the tables {', '.join(tables)[:200]}: "
             "name another file or folder in [store]"
@@ -156,3 +178,4 @@ def migrate(
     for number in range(found + 1, target + 1):
         steps[number](connection)
         connection.execute(sa.update(t.schema_version).values(version=number))
+    _require_all(sa.inspect(connection).get_table_names())

@@ -67,7 +67,8 @@ _TRANSIENT_CLASSES = frozenset({"08", "53", "57", "58"})
 _TRANSIENT_CODES = frozenset({"40001", "40P01", "55P03", "25006", "25P03"})
 """Conflicts, deadlocks, locks, a stand-by server that only reads, a transaction left alone."""
 _DROPPED = "57P04"
-_DAMAGED_CODES = frozenset({"XX001", "XX002"})
+_DAMAGED_CODES = frozenset({"XX001", "XX002", "42P01"})
+"""Two of broken files, and that of a table that is gone."""
 _FOR_GOOD = re.compile(
     "authentication failed|does not exist|no pg_hba|no password|not permitted|certificate|"
     r"does not support SSL|SSL error: (?:wrong version|\w+ alert)|"
@@ -193,7 +194,7 @@ class PostgreSQL:
         return error.sqlstate[:2] in _TRANSIENT_CLASSES or error.sqlstate in _TRANSIENT_CODES
 
     def is_damaged(self, error: BaseException) -> bool:
-        """True if the server finds its files broken."""
+        """True if the server finds its files broken, or one of our tables is gone."""
         return isinstance(error, psycopg.Error) and error.sqlstate in _DAMAGED_CODES
 
     def is_lost(self, connection: Any) -> bool:

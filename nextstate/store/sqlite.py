@@ -40,6 +40,7 @@ _TRANSIENT_ERRNOS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE}
 )
 _DAMAGED_CODES = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_NO_TABLE = "no such table: "
 
 
 def is_open(path: Path) -> bool:
@@ -147,8 +148,12 @@ class SQLite:
         return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS
 
     def is_damaged(self, error: BaseException) -> bool:
-        """True if the file is not a whole database."""
-        return isinstance(error, sqlite3.Error) and _code(error) & 0xFF in _DAMAGED_CODES
+        """True if the file is not a whole database, or one of its tables is gone."""
+        if not isinstance(error, sqlite3.Error):
+            return False
+        code = _code(error) & 0xFF
+        gone = code == sqlite3.SQLITE_ERROR and str(error).startswith(_NO_TABLE)
+        return gone or code in _DAMAGED_CODES
 
     def is_lost(self, connection: object) -> bool:
         """Never: there is nothing between us and the file."""

@@ -82,8 +82,9 @@ def environment_states(turn: str, messages: Sequence[Json]) -> list[NextState]:
         if message.get("role") == "assistant":
             continue
         content = message.get("content")
-        shown = attached(content, Source.ENVIRONMENT)
-        text = text_of(content) if shown is None else shown.text
+        text = text_of(content)
+        if not text.strip() and (shown := attached(content, Source.ENVIRONMENT)) is not None:
+            text = shown.text
         if text:
             states.append(NextState(turn, Source.ENVIRONMENT, text, TRUST[Source.ENVIRONMENT]))
     return states

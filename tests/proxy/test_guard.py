@@ -80,6 +80,19 @@ BOMBS: list[tuple[Any, str]] = [
     ({"pattern": "^[a-z]{99999999999999999999}$"}, "pattern repeats"),
     ({"patternProperties": {"^a{1,4000}": {}}}, "repeats 4000"),
     ({"properties": {f"p{n}": {"pattern": "a{900}"} for n in range(3)}}, "All patterns repeat"),
+    ({"pattern": ".{1,999}" * 3}, "pattern repeats 2997 times: at most 1000"),
+    ({"pattern": "a{999}" * 1400}, "pattern repeats 1398600 times"),
+    ({"pattern": "[^}]{0,60}x{2,}" * 17}, "pattern repeats 1071"),
+    ({"pattern": r"([^)]{1,40}\)[(]){26}"}, "pattern repeats 1040"),
+    ({"pattern": "(?:a{1000}){1000}"}, "pattern repeats 1000000"),
+    ({"pattern": "(" * 40 + "a" + "{9999999999})" * 40}, "pattern repeats 1000000000"),
+    ({"patternProperties": {"^" + "[a-z]{1,60}" * 20: {}}}, "repeats 1200"),
+    ({"pattern": ".?" * 151}, "pattern lets 151 parts be left out: at most 150"),
+    ({"pattern": "((.?){10}){100}"}, "lets 1000 parts"),
+    ({"pattern": "(.{0,2}){160}"}, "lets 160 parts"),
+    ({"pattern": "(a|)" * 100 + "(?:|b)" * 100}, "lets 200 parts"),
+    ({"pattern": "a*?" * 80 + r"\w{0,1}" * 80}, "lets 160 parts"),
+    ({"properties": {f"p{n}": {"pattern": ".?" * 149} for n in range(5)}}, "leaves out 333 times"),
     ({"properties": {f"p{n}": {} for n in range(1001)}}, "1001 entries"),
     ({"anyOf": [{}] * 1001}, "1001 entries"),
     ({"enum": [f"v{n}" for n in range(10_001)]}, "10001 entries"),
@@ -114,7 +127,10 @@ def test_a_schema_that_could_end_the_engine_is_refused_wherever_it_stands(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"regex": "(a{5}){100001}"}, "structured_outputs.regex repeats 100001 times"),
+        ({"regex": "(a{5}){100001}"}, "structured_outputs.regex repeats 100006 times"),
+        ({"regex": "a{60000}b{0,60000}"}, "structured_outputs.regex repeats 120000 times"),
+        ({"regex": ".?" * 501}, "structured_outputs.regex lets 501 parts"),
+        ({"grammar": "root ::= " + "[a-z]* " * 1001}, "grammar lets 1001 parts"),
         ({"regex": "b" * 10_001}, "10001 characters"),
         ({"choice": ["a"] * 10_001}, "choice has 10001 entries"),
         ({"choice": ["a" * 10_001]}, "choice[0] has 10001 characters"),
@@ -130,6 +146,22 @@ def test_a_grammar_that_could_end_the_engine_is_refused(
     assert message in told(structured_outputs=fields)
 
 
+UUID = "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
+VERSION = (
+    r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(?:-((?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)"
+    r"(?:\.(?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*))?(?:\+([0-9a-zA-Z-]+(?:\.[0-9a-zA-Z-]+)*))?$"
+)
+_H = "[0-9a-fA-F]{1,4}"
+_B = "(25[0-5]|(2[0-4]|1{0,1}[0-9]){0,1}[0-9])"
+IPV6 = (
+    f"(({_H}:){{7,7}}{_H}|({_H}:){{1,7}}:|({_H}:){{1,6}}:{_H}|({_H}:){{1,5}}(:{_H}){{1,2}}|"
+    f"({_H}:){{1,4}}(:{_H}){{1,3}}|({_H}:){{1,3}}(:{_H}){{1,4}}|({_H}:){{1,2}}(:{_H}){{1,5}}|"
+    f"{_H}:((:{_H}){{1,6}})|:((:{_H}){{1,7}}|:)|fe80:(:[0-9a-fA-F]{{0,4}}){{0,4}}%[0-9a-zA-Z]{{1,}}|"
+    rf"::(ffff(:0{{1,4}}){{0,1}}:){{0,1}}({_B}\.){{3,3}}{_B}|({_H}:){{1,4}}:({_B}\.){{3,3}}{_B})"
+)
+"""The longest expressions that are widely copied."""
+
+
 def test_what_people_use_passes() -> None:
     schema = {
         "type": "object",
@@ -142,6 +174,11 @@ def test_what_people_use_passes() -> None:
             "kind": {"enum": [f"value-{n}" for n in range(2000)]},
         },
     }
+    for fields in places(schema):
+        assert told(**fields) == ""
+    patterns = [UUID] * 150 + [VERSION, "^[a-z]{1,1000}$", "(abc){500}", r"[?*{1,]{3}", r"\(?[|]"]
+    patterns += ["^(" + "|".join(f"value-{n}" for n in range(700)) + ")$", IPV6]
+    schema = {"properties": {f"p{n}": {"pattern": one} for n, one in enumerate(patterns)}}
     for fields in places(schema):
         assert told(**fields) == ""
     harmless = {"type": "array", "maxItems": 2**31 - 1, "items": {"pattern": "^.{0,65535}$"}}

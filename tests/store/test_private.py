@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -323,3 +324,57 @@ def test_an_emptied_database_does_not_take_its_log_with_it(tmp_path: Path) -> No
     with pytest.raises(StoreError, match="would be lost"):
         Store(StoreConfig(dir=str(tmp_path)))
     assert (tmp_path / "nextstate.sqlite3-wal").read_bytes() == log
+
+
+def _without(file: Path, *statements: str) -> None:
+    import sqlite3
+
+    with closing(sqlite3.connect(file)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.commit()
+
+
+@pytest.mark.parametrize(
+    ("dropped", "named"),
+    [
+        (("turns",), "no table turns"),
+        (("verdicts",), "no table verdicts"),
+        (("schema_version",), "no table schema_version"),
+        (("turns", "schema_version", "samples"), "no table samples, schema_version, turns"),
+        (("counts",), "no table counts"),
+    ],
+    ids=["turns", "verdicts", "version", "three", "counts"],
+)
+def test_every_command_names_the_file_of_a_store_without_one_of_its_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dropped: tuple[str, ...], named: str
+) -> None:
+    """As a dump leaves it that was read in only in part."""
+    store = Store(StoreConfig(dir=str(tmp_path / "state")))
+    add(store, turn(0))
+    store.close()
+    file = tmp_path / "state" / "nextstate.sqlite3"
+    _without(file, *(f"DROP TABLE {table}" for table in dropped))
+    before = file.read_bytes()
+    config = tmp_path / "nextstate.toml"
+    config.write_text(f'[store]\ndir = "{tmp_path}/state"\n')
+    commands = (
+        *("status", "turns", "doctor", "sessions", "versions", "verify", "ledger", "keys list"),
+        *("episodes", "review", "pause", "resume", "forget x --yes", "retain --days 9"),
+        *(f"export sft --out {tmp_path}/x.jsonl", f"encrypt --key-file {tmp_path}/key"),
+    )
+    for command in commands:
+        assert main([*command.split(), "--config", str(config)]) == 2, command
+        said = "".join(capsys.readouterr())
+        assert f"{file} is no whole SQLite database: it has {named}; " in said, command
+        assert "put a whole copy in its place, or move it away" in said, command
+        assert file.read_bytes() == before
+
+
+def test_a_table_that_goes_while_the_store_is_open_is_named_too(tmp_path: Path) -> None:
+    with closing(Store(StoreConfig(dir=str(tmp_path)))) as store:
+        add(store, turn(0))
+        file = tmp_path / "nextstate.sqlite3"
+        _without(file, "DROP TABLE turns")
+        with pytest.raises(StoreError, match=r"is no whole SQLite database: no such table: turns"):
+            store.turns.ids()

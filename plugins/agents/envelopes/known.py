@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ _FILES, _FILES_END = "--- Content from referenced files ---", "--- End of conten
 _GO_ON = ("Please continue.", "Continue from where you left off.")
 _RAG = "### Task:\nRespond to the user query using the provided context"
 _AGENT_ZERO = frozenset(("user_message", "user_intervention", "system_message", "attachments"))
+_PICTURE_NOTES = re.compile(r"(?:\[Image: (?:source: |original \d)[^\]\n]{0,1000}\]\s*+)+")
 _HISTORY = ("<chat_history>", "### Chat History", "<prompt>")
 
 
@@ -57,6 +59,16 @@ def question_with_context(text: str) -> str | None:
     return question
 
 
+def words_beside_picture(text: str) -> str | None:
+    """What stands behind Claude Code's notes of where a picture lies and how large it is.
+
+    >>> words_beside_picture("[Image: source: /tmp/a.png]\\nno, the blue one")
+    'no, the blue one'
+    """
+    note = _PICTURE_NOTES.match(text)
+    return text[note.end() :] if note else None
+
+
 def words_in_json(text: str) -> str | None:
     """A person's words in the JSON object that Letta or Agent Zero makes of them.
 
@@ -84,7 +96,7 @@ _CODE: Mapping[str, Mapping[str, Any]] = {
         "read_own": openclaw.words_of,
         "session_name": openclaw.session_of,
     },
-    "claude_code": {"read_own": without_going_on},
+    "claude_code": {"read_own": without_going_on, "read_shared": words_beside_picture},
     "qwen_code": {"read_own": without_going_on},
     "gemini_cli": {"read_own": without_going_on},
     "letta": {"read_shared": words_in_json},
