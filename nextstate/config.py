@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import functools
 import os
 import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
 from annotated_types import Ge
@@ -23,6 +24,9 @@ from annotated_types import Ge
 from nextstate.errors import ConfigError
 from nextstate.redaction import KINDS, Redactor
 from nextstate.redaction.patterns import compile_patterns
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 DEFAULT_FILE = Path("nextstate.toml")
 
@@ -267,8 +271,16 @@ def keys(kind: type) -> list[str]:
     return [f.name for f in fields(kind) if f.name in kind.__annotations__]
 
 
+@functools.cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    """What checks a section; to make it takes a millisecond."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
 def _section(name: str, kind: type, values: Mapping[str, Any], where: str) -> Any:
-    from pydantic import TypeAdapter, ValidationError  # imported late: slow, and only needed here
+    from pydantic import ValidationError  # imported late: slow, and only needed here
 
     if not is_dataclass(kind):
         raise TypeError(f"section {name} is described by {kind!r}, not by a dataclass")
@@ -278,9 +290,8 @@ def _section(name: str, kind: type, values: Mapping[str, Any], where: str) -> An
             f"{where}: [{name}] {fixed.name} is no key: it is always {fixed.default!r}; remove it"
         )
     _refuse_unknown(values, known, f"{where}: [{name}]", "key")
-    adapter: TypeAdapter[Any] = TypeAdapter(kind)
     try:
-        return adapter.validate_python(dict(values))
+        return _adapter(kind).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         # Of a value of two types, `loc` also names the type.

@@ -7,8 +7,10 @@ import gc
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import TestCase
@@ -21,8 +23,10 @@ from nextstate.config import StoreConfig
 from nextstate.engine.client import EngineClient
 from nextstate.engine.messages_behaviour import MessagesBehaviour, learn_messages_behaviour
 from nextstate.engine.process import free_port
+from nextstate.private_files import make_state_folder
 from nextstate.quick_imports import quick_imports
 from nextstate.store import Store
+from nextstate.store.sqlite import FILE
 from nextstate.store.vault import vault_of
 from tests.postgresql_server import Server as PostgreSQLServer
 from tests.postgresql_server import instead_of_files, require_server
@@ -39,6 +43,7 @@ settings.register_profile("many", _SHARED, max_examples=1000)
 """For `make soak`."""
 settings.load_profile("few")
 
+STORE_TESTS = Path(__file__).parent / "store"
 START_TIMEOUT_S = 600
 """For a test that may have to start the engine first."""
 AT_ONCE = 8
@@ -155,13 +160,36 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     A test that chooses `database` itself runs on that.
     """
-    of_store = metafunc.definition.path.parent == Path(__file__).parent / "store"
+    of_store = metafunc.definition.path.parent == STORE_TESTS
     if not (of_store or hasattr(metafunc.module, "DATABASES")):
         return
     chosen = [one.args[0] for one in metafunc.definition.iter_markers("parametrize")]
     only = "database" in chosen or metafunc.definition.get_closest_marker("sqlite") is not None
     if not only and not issubclass(metafunc.cls or object, TestCase):
         metafunc.parametrize("database", ["sqlite", "postgresql"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _ready_stores(
+    request: pytest.FixtureRequest, empty_state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new store in a file is a copy, but where tests are about how a store is made."""
+    if request.path.parent == STORE_TESTS:
+        return
+    opens = Store._open
+
+    def open_ready(store: Store) -> None:
+        file = store.dir / FILE
+        if not (store.config.url or file.exists()):
+            make_state_folder(store.dir)
+            copy = file.with_name(f"copy-{threading.get_ident()}")
+            shutil.copy(empty_state / FILE, copy)
+            with suppress(FileExistsError):  # another process has just made it
+                os.link(copy, file)
+            copy.unlink()
+        opens(store)
+
+    monkeypatch.setattr(Store, "_open", open_ready)
 
 
 @pytest.fixture(autouse=True)

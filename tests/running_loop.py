@@ -26,6 +26,14 @@ from demo.world import persona_world
 from nextstate.app.cli import main
 
 NEXTSTATE = (sys.executable, "-P", "-m", "nextstate")
+UNTRAINED = """
+import sys
+from nextstate.__main__ import main
+from nextstate.app import stack
+stack.STAGES = ("rollout", "proxy", "judge")
+sys.exit(main())
+"""
+"""`nextstate up` without its learner, which takes as much of the CPU to start as vLLM does."""
 _IN_ONE_PROCESS = ("--distributed-executor-backend", "uni")
 """vLLM computes in its engine's process: half the CPU time a request, and none while it is idle."""
 _ARGS = (
@@ -88,13 +96,13 @@ class Engine:
 class Loop:
     """A running `nextstate up`."""
 
-    def __init__(self, config: Path, port: int) -> None:
+    def __init__(self, config: Path, port: int, *, trains: bool = True) -> None:
         self.config = config
         self.port = port
         self.state = config.parent / "state"
         self.output = (config.parent / "up.log").open("w+")
         self.process = subprocess.Popen(
-            [*NEXTSTATE, "up", "--config", str(config)],
+            [*program(trains), "up", "--config", str(config)],
             stdout=self.output,
             stderr=subprocess.STDOUT,
             cwd=config.parent,
@@ -162,13 +170,18 @@ class Loop:
             return talk.talked.failed
 
 
+def program(trains: bool) -> tuple[str, ...]:
+    """What runs our commands."""
+    return NEXTSTATE if trains else (sys.executable, "-P", "-c", UNTRAINED)
+
+
 def run(
-    *arguments: str, cwd: Path | None = None, timeout_s: float = 240
+    *arguments: str, cwd: Path | None = None, timeout_s: float = 240, trains: bool = True
 ) -> subprocess.CompletedProcess[str]:
     # Some tests import vLLM, which sets environment variables.
     env = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     return subprocess.run(
-        [*NEXTSTATE, *arguments],
+        [*program(trains), *arguments],
         capture_output=True,
         text=True,
         timeout=timeout_s,

@@ -43,6 +43,7 @@ from nextstate.engine.process import (
     START_TIMEOUT_S,
     VOTE_PRIORITY,
     by_priority,
+    check_model,
     gpu_share,
     port_is_free,
 )
@@ -396,6 +397,7 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
             f"there is no lineage {lineage!r}: known are {', '.join(known)}; see [lineages.NAME]"
         )
     lineages = known if lineage is None else (lineage,)
+    check_model(settings.engine)  # before what takes seconds to import
     os.environ.update(switches(bool(settings.learner.wandb)))
     cores = shared_cores(settings) if engine_file(settings).exists() else None
     if cores is not None:

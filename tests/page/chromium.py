@@ -20,15 +20,13 @@ _WITHIN_MS = 60_000
 
 
 @asynccontextmanager
-async def chromium(width: int, *, dark: bool) -> AsyncGenerator[Any]:
+async def chromium(width: int) -> AsyncGenerator[Any]:
     """A tab of a new browser, so many pixels wide: Playwright's `Page`."""
     playwright: Any = importlib.import_module("playwright.async_api")  # only `make gui` installs it
     async with playwright.async_playwright() as driver:
         browser = await driver.chromium.launch(executable_path=PROGRAM, chromium_sandbox=False)
         tab = await browser.new_page(
-            viewport={"width": width, "height": 900},
-            is_mobile=width < 600,
-            color_scheme="dark" if dark else "light",
+            viewport={"width": width, "height": 900}, is_mobile=width < 600
         )
         tab.set_default_timeout(_WITHIN_MS)
         yield tab

@@ -34,7 +34,10 @@ SHOWN = (
 )
 NAME = re.compile(r"[^a-z0-9]+")
 AXE = Path(__file__).parents[2] / ".browser" / "node_modules" / "axe-core" / "axe.min.js"
-SIZES = ((390, False), (390, True), (1100, False), (1100, True))
+WIDTHS = (390, 1100)
+SCHEMES = {"light": "rgb(251, 251, 250)", "dark": "rgb(20, 23, 27)"}
+"""The background of a page by what a person's system prefers."""
+VIOLATIONS = "axe.run({resultTypes: ['violations']}).then(r => r.violations)"
 PICTURES = os.environ.get("NEXTSTATE_PICTURES")
 """A folder for pictures of each page, to look at."""
 ASKED = "Find out why the build is slow.\nIt took three minutes <b>yesterday</b>. \u202ereversed"
@@ -111,17 +114,17 @@ needs_axe = pytest.mark.skipif(not AXE.exists(), reason="needs axe-core: make gu
 
 @asynccontextmanager
 async def browsing(
-    store: Store, tmp_path: Path, width: int, dark: bool
+    store: Store, tmp_path: Path, width: int
 ) -> AsyncGenerator[tuple[Site, Any, list[str]]]:
     """A site with content, a tab that is logged in there, and what the browser complains of."""
     fill(store, tmp_path)
-    async with site(store, tmp_path, KEY) as page, chromium(width, dark=dark) as tab:
+    async with site(store, tmp_path, KEY) as page, chromium(width) as tab:
         complaints: list[str] = []
         tab.on("console", lambda said: complaints.append(said.text))
         tab.on("pageerror", lambda error: complaints.append(str(error)))
         await tab.goto(page.url)
         assert await tab.evaluate("location.pathname") == "/page/login"
-        await picture(f"login-{width}-{dark}", tab)
+        await picture(f"login-{width}", tab)
         await tab.fill("#key", KEY)
         await click(tab, "main button")
         assert await tab.evaluate("location.pathname") == "/"
@@ -136,23 +139,25 @@ async def click(tab: Any, selector: str) -> None:
 
 @needs_browser
 @needs_axe
-@pytest.mark.parametrize(("width", "dark"), SIZES)
+@pytest.mark.parametrize("width", WIDTHS)
 def test_no_page_is_too_wide_breaks_its_rules_or_shuts_people_out(
-    store: Store, tmp_path: Path, width: int, dark: bool
+    store: Store, tmp_path: Path, width: int
 ) -> None:
     async def run() -> None:
         axe = await asyncio.to_thread(AXE.read_text)
-        async with browsing(store, tmp_path, width, dark) as (page, tab, complaints):
+        async with browsing(store, tmp_path, width) as (page, tab, complaints):
             for path in SHOWN:
                 await tab.goto(page.url + path)
-                assert await tab.evaluate(OVERFLOW) <= 0, (path, width)
-                colour = await tab.evaluate("getComputedStyle(document.body).backgroundColor")
-                assert (colour == "rgb(20, 23, 27)") == dark, "the stylesheet holds"
-                await picture(f"{NAME.sub('-', path)}-{width}-{dark}", tab)
                 await tab.evaluate(f"{axe};0")
-                found = await tab.evaluate("axe.run().then(r => r.violations)")
-                bad = [one for one in found if one["impact"] in ("serious", "critical")]
-                assert bad == [], path
+                for scheme, background in SCHEMES.items():
+                    await tab.emulate_media(color_scheme=scheme)
+                    assert await tab.evaluate(OVERFLOW) <= 0, (path, width)
+                    colour = await tab.evaluate("getComputedStyle(document.body).backgroundColor")
+                    assert colour == background, "the stylesheet holds"
+                    await picture(f"{NAME.sub('-', path)}-{width}-{scheme}", tab)
+                    found = await tab.evaluate(VIOLATIONS)
+                    bad = [one for one in found if one["impact"] in ("serious", "critical")]
+                    assert bad == [], (path, scheme)
             assert [one for one in complaints if "404" not in one] == []
 
     asyncio.run(run())
@@ -164,7 +169,7 @@ def test_every_button_works(store: Store, tmp_path: Path) -> None:
     buttons = "[...document.querySelectorAll('button, a.button')].map(b => b.innerText)"
 
     async def run() -> None:
-        async with browsing(store, tmp_path, 390, False) as (page, tab, _):
+        async with browsing(store, tmp_path, 390) as (page, tab, _):
             pressed.add("Log in")
 
             async def press(path: str, selector: str, *, says: str) -> None:
@@ -230,7 +235,7 @@ def test_every_button_works(store: Store, tmp_path: Path) -> None:
 @needs_browser
 def test_a_page_shows_what_happens_without_being_loaded_again(store: Store, tmp_path: Path) -> None:
     async def run() -> None:
-        async with browsing(store, tmp_path, 1100, False) as (page, tab, complaints):
+        async with browsing(store, tmp_path, 1100) as (page, tab, complaints):
             await tab.goto(page.url)
             await tab.evaluate("document.querySelector('details').open = true")
             await tab.evaluate("window.same = document.querySelector('summary'); same.focus()")
@@ -254,38 +259,43 @@ def test_a_page_shows_what_happens_without_being_loaded_again(store: Store, tmp_
 
 
 @needs_browser
-@pytest.mark.parametrize("path", ["/", "/page/turns/turn_3", "/page/episodes", "/page/running"])
 def test_the_keyboard_reaches_everything_and_shows_where_it_is(
-    store: Store, tmp_path: Path, path: str
+    store: Store, tmp_path: Path
 ) -> None:
     async def run() -> None:
-        async with browsing(store, tmp_path, 1100, False) as (page, tab, _):
-            await tab.goto(page.url + path)
-            await tab.keyboard.press("Tab")
-            assert await tab.evaluate("document.activeElement.className") == "skip"
-            assert await tab.evaluate("document.activeElement.getBoundingClientRect().x") >= 0
-            wanted = await tab.evaluate(
-                "window.wanted = [...document.querySelectorAll('a, button, input, select, textarea,"
-                " summary, [tabindex]')].filter(e => e.type !== 'hidden' && e.getClientRects()"
-                ".length); wanted.length"
-            )
-            reached = {0}
-            for _ in range(wanted):
-                await tab.keyboard.press("Tab")
-                place = await tab.evaluate("wanted.indexOf(document.activeElement)")
-                if place >= 0:
-                    style = "getComputedStyle(document.activeElement).outlineStyle"
-                    assert await tab.evaluate(style) == "solid", place
-                    reached.add(place)
-            missed = sorted({*range(wanted)} - reached)
-            html = [await tab.evaluate(f"wanted[{place}].outerHTML") for place in missed]
-            assert html == []
-            await tab.goto(page.url + path)
-            for key in ("Tab", "Enter", "Tab"):
-                await tab.keyboard.press(key)
-            assert await tab.evaluate("document.activeElement.closest('main') !== null")
+        async with browsing(store, tmp_path, 1100) as (page, tab, _):
+            for path in ("/", "/page/turns/turn_3", "/page/episodes", "/page/running"):
+                await reach_everything(tab, page.url + path)
 
     asyncio.run(run())
+
+
+async def reach_everything(tab: Any, url: str) -> None:
+    """Goes through a page with the Tab key."""
+    await tab.goto(url)
+    await tab.keyboard.press("Tab")
+    assert await tab.evaluate("document.activeElement.className") == "skip", url
+    assert await tab.evaluate("document.activeElement.getBoundingClientRect().x") >= 0, url
+    wanted = await tab.evaluate(
+        "window.wanted = [...document.querySelectorAll('a, button, input, select, textarea,"
+        " summary, [tabindex]')].filter(e => e.type !== 'hidden' && e.getClientRects()"
+        ".length); wanted.length"
+    )
+    reached = {0}
+    for _ in range(wanted):
+        await tab.keyboard.press("Tab")
+        place = await tab.evaluate("wanted.indexOf(document.activeElement)")
+        if place >= 0:
+            style = "getComputedStyle(document.activeElement).outlineStyle"
+            assert await tab.evaluate(style) == "solid", (url, place)
+            reached.add(place)
+    missed = sorted({*range(wanted)} - reached)
+    html = [await tab.evaluate(f"wanted[{place}].outerHTML") for place in missed]
+    assert html == [], url
+    await tab.goto(url)
+    for key in ("Tab", "Enter", "Tab"):
+        await tab.keyboard.press(key)
+    assert await tab.evaluate("document.activeElement.closest('main') !== null"), url
 
 
 async def picture(name: str, tab: Any) -> None:

@@ -34,6 +34,8 @@ a repetition of up to some hundred characters fivefold; from the first it grows 
 HOPELESS_S = 0.1
 """Seconds for one of the shorter texts after which the longest is not tried."""
 MOST_GROWTH = 9.0
+SMALL_GROWTH = 6.0
+"""Less than this in the first look is not measured again: quadratic time grows far more."""
 MEASUREMENTS = 6
 USES = ("compile", "sub", "split", "search", "match", "fullmatch", "findall", "finditer")
 UNMEASURED_S = 0.002
@@ -208,9 +210,12 @@ def slow(expression: Expression) -> Iterator[str]:
 
 def _grows(expression: Expression, texts: Sequence[str]) -> bool:
     *shorter, longest = texts
-    if any(seconds(expression, text, 3) >= HOPELESS_S for text in shorter):
-        return True
-    if seconds(expression, longest, 1) < UNMEASURED_S:
+    took = 0.0
+    for text in shorter:
+        took = seconds(expression, text, 1)
+        if took >= HOPELESS_S and seconds(expression, text, 2) >= HOPELESS_S:
+            return True
+    if seconds(expression, longest, 1) < max(UNMEASURED_S, SMALL_GROWTH * took):
         return False
     return grows_every_time(
         lambda: seconds(expression, longest, 1), lambda: seconds(expression, shorter[-1], 3)

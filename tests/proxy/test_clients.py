@@ -23,6 +23,7 @@ from nextstate.app.connect.agents import ENVIRONMENT_AGENTS
 from nextstate.app.connect.target import Target
 from nextstate.engine.process import free_port
 from nextstate.records import Json
+from tests.app.connect.openclaw_gateway import LESS
 from tests.chain_policy import CONTEXT, save_chain_policy
 from tests.running_loop import Loop, wait_for, write_config
 
@@ -96,6 +97,7 @@ _OPENCLAW_FILE = {
     "agents": {
         "defaults": {"model": {"primary": f"here/{MODEL}"}, "workspace": "{home}/workspace"}
     },
+    **LESS,
 }
 _MINI = (
     *("-m", "minisweagent.run.mini", "-y", "--exit-immediately", "-m", f"openai/{MODEL}"),
@@ -159,7 +161,7 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     save_chain_policy(folder / "policy", REPLIES)
     port = free_port()
     config = write_config(folder, port=port, policy=folder / "policy", context=CONTEXT)
-    loop = Loop(config, port)
+    loop = Loop(config, port, trains=False)
     try:
         loop.wait_ready()
         yield loop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import openai
@@ -14,9 +15,10 @@ from nextstate.records import Json, Source, Turn
 from nextstate.store import Store
 from tests.running_loop import Engine, Loop
 
-anthropic = pytest.importorskip("anthropic", reason="it comes with vLLM")
-
-pytestmark = pytest.mark.engine
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(find_spec("anthropic") is None, reason="it comes with vLLM"),
+]
 
 APPLES = "Tom has 3 apples and gets 4 more. How many apples does Tom have?"
 ASKED: list[Any] = [{"role": "user", "content": APPLES}]
@@ -63,6 +65,8 @@ def gpt(native_engine: Engine) -> Iterator[openai.OpenAI]:
 @pytest.fixture(scope="module")
 def claude(native_engine: Engine) -> Iterator[Any]:
     """Anthropic's client."""
+    import anthropic  # takes seconds, also of a run that only reads this file
+
     url = native_engine.proxy_url
     with anthropic.Anthropic(base_url=url, api_key="x", max_retries=0) as client:
         yield client

@@ -113,7 +113,7 @@ def test_a_missing_model_is_not_looked_up_on_the_internet(tmp_path: Path, comman
         said = process.stderr.read()
         assert process.wait() == 2
     if command == "learner":
-        assert "[engine] model = 'someone/absent' cannot be loaded" in said
+        assert "[engine] model = 'someone/absent' is neither" in said
         assert "`nextstate fetch someone/absent` once" in said
     assert watched.noted == {"armed"}
 

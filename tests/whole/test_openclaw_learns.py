@@ -113,7 +113,7 @@ def _take_pictures(loop: Loop, version: int, folder: Path) -> None:
     from tests.page.chromium import chromium
 
     async def take() -> None:
-        async with chromium(1200, dark=False) as tab:
+        async with chromium(1200) as tab:
             for name, path in (("home", "/"), ("version", f"/page/versions/main/{version}")):
                 await tab.goto(loop.url + path)
                 await tab.screenshot(path=folder / f"openclaw-{name}.png", full_page=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import io
 import logging
 import os
@@ -172,6 +173,7 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+@functools.cache
 def command_parser() -> argparse.ArgumentParser:
     """All commands with their arguments."""
     parser = argparse.ArgumentParser(

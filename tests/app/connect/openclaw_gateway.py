@@ -20,6 +20,11 @@ NODE = Path(__file__).parents[3] / ".clients/node_modules"
 PROGRAM = NODE / ".bin/openclaw"
 STARTS_WITHIN_S = 240
 ANSWERS_WITHIN_S = 240
+LESS: dict[str, Any] = {
+    "plugins": {"slots": {"memory": "none"}},
+    "session": {"maintenance": {"mode": "warn"}},
+}
+"""Settings without what makes half of OpenClaw's work: an index of its notes, and cleaning up."""
 _TOKEN = "a-token"
 _CHAT = "agent:main:main"
 
