@@ -21,12 +21,11 @@ from nextstate.config import StoreConfig
 from nextstate.errors import EXIT_LATER, LostRankError
 from nextstate.records import PolicyVersion
 from nextstate.store import Store
+from tests.learner.forked import processes
 from tests.learner.test_tiny_model import CONFIG, Recorded, save_tiny_model
 
 TWO = replace(CONFIG, ranks=2)
 _HANG_S = 4
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["learner.stage"])
 
 
 def signal_myself(reached: Path, number: int, *_: object, **__: object) -> None:
@@ -119,9 +118,7 @@ def trained(folder: Path, model_path: str, *fault: Any) -> tuple[Recorded, list[
     turns = recorded.add_mixed(32)
     code = None
     if fault:
-        child = _processes.Process(
-            target=learner_with_fault, args=(str(folder), model_path, *fault)
-        )
+        child = processes.Process(target=learner_with_fault, args=(str(folder), model_path, *fault))
         child.start()
         child.join(240)
         if child.is_alive():
