@@ -101,7 +101,10 @@ ATTACKS = {
 class World:
     """One run."""
 
-    def __init__(self, folder: Path, attack: str, defence: Defence, seed: int) -> None:
+    def __init__(
+        self, folder: Path, attack: str, defence: Defence, seed: int, updates: int
+    ) -> None:
+        self._updates = updates
         self._now = 1e9
         self._store = Store(StoreConfig(dir=str(folder)), clock=lambda: self._now)
         self._attack, self._defence = attack, defence
@@ -118,22 +121,23 @@ class World:
         """The probability of the right reply."""
         return float(self._policy()[:, RIGHT].mean())
 
-    def learn(self) -> float:
-        """Rounds until the last update; the score then."""
+    def learn(self) -> list[float]:
+        """Rounds until the last update; the score after each."""
         from learner.batches import Batches
         from learner.config import LearnerConfig
 
         config = LearnerConfig(method="binary", batch_size=BATCH, holdout=0.0)
         batches = Batches(self._store, config, "main")
-        rounds = 0
-        while self.versions < UPDATES and rounds < 40 * UPDATES:
+        rounds, scores = 0, list[float]()
+        while self.versions < self._updates and rounds < 40 * self._updates:
             self._now += 3600 / _ROUNDS_AN_HOUR
             self._round(night=(rounds // _ROUNDS_AN_HOUR) % _NIGHT == _NIGHT - 1)
             rounds += 1
-            while self.versions < UPDATES and (batch := batches.lease(self.versions)) is not None:
+            while self.versions < self._updates and (batch := batches.lease(self.versions)):
                 self._update(batch)
+                scores.append(self.score)
         self._store.close()
-        return self.score
+        return scores
 
     def _round(self, night: bool) -> None:
         people = range(0 if night and self._attack == "sessions" else PEOPLE)
@@ -287,13 +291,15 @@ def without(defence: Defence) -> Iterator[None]:
         yield
 
 
-def run(attack: str, defence: Defence, seed: int) -> tuple[float, float]:
-    """(the score at the end, the attackers' share of the samples)."""
+def run(
+    attack: str, defence: Defence, seed: int, updates: int = UPDATES
+) -> tuple[list[float], float]:
+    """(the score after each update, the attackers' share of the samples)."""
     with tempfile.TemporaryDirectory() as folder, without(defence):
-        world = World(Path(folder), attack, defence, seed)
-        score = world.learn()
+        world = World(Path(folder), attack, defence, seed, updates)
+        scores = world.learn()
         samples = world.from_attackers
-        return score, samples[True] / max(1, samples.total())
+        return scores, samples[True] / max(1, samples.total())
 
 
 def run_toy(attacked: bool, keys: bool, seed: int, updates: int) -> list[float]:
@@ -356,13 +362,13 @@ def main() -> None:
     began = time.monotonic()
     print("| attack | defence | score | moved, in points | worst seed | attackers' samples |")
     print("|---|---|---|---|---|---|")
-    quiet = [run("nobody", ALL, seed)[0] for seed in range(given.seeds)]
+    quiet = [run("nobody", ALL, seed)[0][-1] for seed in range(given.seeds)]
     print(f"| nobody | all | {np.mean(quiet):.3f} | | | |", flush=True)
     for attack in given.only:
         for name, defence in ATTACKS[attack].items():
             runs = [run(attack, defence, seed) for seed in range(given.seeds)]
-            moved = [100 * (q - score) for q, (score, _) in zip(quiet, runs, strict=True)]
-            score, share = np.mean(runs, axis=0)
+            moved = [100 * (q - scores[-1]) for q, (scores, _) in zip(quiet, runs, strict=True)]
+            score, share = np.mean([(scores[-1], share) for scores, share in runs], axis=0)
             print(
                 f"| {attack} | {name} | {score:.3f} | {np.mean(moved):+.1f} | {max(moved):+.1f} | "
                 f"{share:.0%} |",

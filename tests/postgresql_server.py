@@ -9,13 +9,14 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,6 +24,9 @@ from nextstate.config import StoreConfig
 from nextstate.engine.process import free_port
 from nextstate.store import Store
 from tests.certificates import Files
+
+if TYPE_CHECKING:
+    import psycopg
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 _AS_ROOT: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []}
@@ -91,8 +95,10 @@ class Server:
             *("-A", "trust", "-U", "postgres", "--encoding", "UTF8", "--no-sync"),
             *("--locale", "C.UTF-8", "-D", self.data),
         )
-        self.start()
         self.has_template = False
+        self._one_at_a_time = threading.Lock()
+        self._own: psycopg.Connection[Any] | None = None
+        self.start()
 
     def speak_tls(self, files: Files) -> None:
         """Encrypts new connections that ask for it, with copies of a certificate and its key."""
@@ -109,6 +115,7 @@ class Server:
         """Starts it, and returns when it answers."""
         import psycopg
 
+        self._forget_connection()
         settings = {**self._settings, "port": self.port}
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with (self.folder / "log").open("ab") as log:
@@ -157,6 +164,7 @@ class Server:
 
     def close(self) -> None:
         """Ends it at once and removes its files."""
+        self._forget_connection()
         self._process.send_signal(signal.SIGQUIT)
         self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -178,12 +186,19 @@ class Server:
         return self.url(name)
 
     def run(self, statement: str) -> list[tuple[Any, ...]]:
-        """Runs a statement in the database `postgres`."""
+        """Runs a statement in the database `postgres`, over one connection: each costs 8 ms."""
         import psycopg
 
-        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
-            cursor = connection.execute(statement)
+        with self._one_at_a_time:
+            if self._own is None or self._own.closed:
+                self._own = psycopg.connect(self.url("postgres"), autocommit=True)
+            cursor = self._own.execute(statement)
             return cursor.fetchall() if cursor.description else []
+
+    def _forget_connection(self) -> None:
+        if self._own is not None:
+            self._own.close()
+        self._own = None
 
     def _make(self, name: str, template: str) -> None:
         self.run(f"CREATE DATABASE {name} TEMPLATE {template} {_copying()}")

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import os
 import secrets
+import shutil
 import sqlite3
 import stat
 from collections.abc import Iterator
@@ -36,18 +37,10 @@ FILES = {
 }
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Iterator[StoreConfig]:
-    (tmp_path / "nextstate.toml").write_text(f'[store]\ndir = "{tmp_path}/state"\n')
-    config = StoreConfig(dir=str(tmp_path / "state"))
-    yield config
-    adapter_files.remove_all_served(config.path)
-
-
-def with_files(config: StoreConfig) -> None:
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with turns, and files of the learner and of an environment beside it."""
-    with closing(Store(config)) as store:
-        fill(store)
+    config = StoreConfig(dir=str(tmp_path_factory.mktemp("filled") / "state"))
     for name, data in FILES.items():
         file = config.path / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +48,19 @@ def with_files(config: StoreConfig) -> None:
     (config.path / "versions/main/v000001/card.json").write_text("{}")
     judge = adapter_files.folder_sha256(config.path / "judge/v000001", with_card=True)
     with closing(Store(config)) as store:
+        fill(store)
         store.ledger.tell_judge(1, None, judge)
+    return config.path
+
+
+@pytest.fixture
+def config(tmp_path: Path, filled: Path) -> Iterator[StoreConfig]:
+    """A copy of it, and a file of settings that names it."""
+    (tmp_path / "nextstate.toml").write_text(f'[store]\ndir = "{tmp_path}/state"\n')
+    config = StoreConfig(dir=str(tmp_path / "state"))
+    shutil.copytree(filled, config.path)
+    yield config
+    adapter_files.remove_all_served(config.path)
 
 
 def command(config: StoreConfig, *arguments: str) -> int:
@@ -69,7 +74,6 @@ def test_a_command_encrypts_everything_and_another_one_takes_it_away(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with_files(config)
     with closing(Store(config)) as store:
         before = everything(store)
     key = tmp_path / "store.key"
@@ -108,7 +112,6 @@ def test_another_key_is_a_matter_of_a_moment_and_the_old_one_opens_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with_files(config)
     encrypt(config, monkeypatch)
     old = os.environ[VARIABLE]
     sealed = (config.path / "learner/main/checkpoint.pt").read_bytes()
@@ -125,7 +128,6 @@ def test_another_key_is_a_matter_of_a_moment_and_the_old_one_opens_nothing(
 def test_a_new_data_key_changes_the_files_too_and_goes_on_after_a_kill(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_files(config)
     monkeypatch.setenv(VARIABLE, secrets.token_hex(32))
     assert command(config, "encrypt") == 0
     sealed = {name: (config.path / name).read_bytes() for name in FILES}
@@ -153,7 +155,6 @@ def test_a_new_data_key_changes_the_files_too_and_goes_on_after_a_kill(
 def test_the_engine_reads_an_opened_copy_in_memory_that_is_gone_afterwards(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_files(config)
     folder = config.path / "versions/main/v000001"
     assert adapter_files.prepare_served(str(folder)) == str(folder), "a plain one as it is"
     encrypt_with_files(config, monkeypatch)
@@ -181,7 +182,6 @@ def encrypt_with_files(config: StoreConfig, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_folder_of_another_account_in_memory_is_not_used(
     config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_files(config)
     encrypt_with_files(config, monkeypatch)
     adapter_files.in_memory(config.path.resolve()).symlink_to(tmp_path)
     try:
@@ -195,7 +195,6 @@ def test_a_folder_of_another_account_in_memory_is_not_used(
 def test_files_that_were_changed_or_change_places_are_an_error(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_files(config)
     encrypt_with_files(config, monkeypatch)
     adapter = config.path / "versions/main/v000001/adapter_model.safetensors"
     checkpoint = config.path / "learner/main/checkpoint.pt"
@@ -215,7 +214,6 @@ def test_nothing_is_exported_in_clear_unless_a_person_says_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with_files(config)
     folder = config.path / "versions/main/v000001"
     with closing(Store(config)) as store:
         sha256 = hashlib.sha256(WEIGHTS).hexdigest()
@@ -241,7 +239,6 @@ def test_a_plain_file_in_the_place_of_an_encrypted_one_is_an_error(
     capsys: pytest.CaptureFixture[str],
     name: str,
 ) -> None:
-    with_files(config)
     encrypt_with_files(config, monkeypatch)
     (config.path / name).write_bytes(b"what a thief would like to be read")
     with closing(Store(config)), pytest.raises(SealError, match="is not encrypted, but its folder"):
@@ -254,7 +251,6 @@ def test_what_was_deleted_before_and_not_overwritten_is_not_left_in_clear(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By an earlier program: ours overwrites what it deletes."""
-    with_files(config)
     file = config.path / "nextstate.sqlite3"
     with closing(sqlite3.connect(file)) as connection, connection:
         connection.execute("PRAGMA secure_delete=OFF")
@@ -270,7 +266,6 @@ def test_what_was_half_written_does_not_stay_in_clear(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A killed learner's, and that of a training of a judge."""
-    with_files(config)
     drafts = "versions/main/.v000003.draft", "judge/.v000002.draft", "judge/..v000002.draft.draft"
     for draft in drafts:
         (config.path / draft).mkdir()
@@ -283,7 +278,6 @@ def test_what_was_half_written_does_not_stay_in_clear(
 def test_a_store_is_not_encrypted_while_a_judge_is_being_trained(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with_files(config)
     monkeypatch.setenv(VARIABLE, secrets.token_hex(32))
     with ProcessLock(config.path / "judge" / "lock", "it is trained", ""):
         assert command(config, "encrypt") != 0
@@ -314,7 +308,6 @@ def test_a_store_on_a_server_is_refused_before_anything_is_made(
 def test_the_page_shows_a_picture_of_an_encrypted_folder(
     config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_files(config)
     encrypt_with_files(config, monkeypatch)
     with closing(Store(config)):
         assert picture(config.path, "ep_0", 3) == (FILES["pictures/ep_0/3.png"], "image/png")

@@ -1,6 +1,5 @@
 """A learner killed with SIGKILL at any point: nothing trains twice and nothing is lost."""
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from learner import lineage, stage
+from learner import evaluator, lineage, stage
 from learner.checkpoint import load_checkpoint
 from learner.metric_writers import MetricWriters
 from learner.trainer import PolicyTrainer
@@ -24,6 +23,7 @@ from nextstate.errors import FencedError
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from nextstate.store.versions import Versions
+from tests.learner.forked import processes
 from tests.learner.test_lineages_in_turn import (
     ALICE,
     MAIN,
@@ -37,9 +37,16 @@ from tests.learner.test_tiny_model import GOOD, Recorded, save_tiny_model
 from tests.learner.test_tiny_model import WITH_CANARIES as CONFIG
 from tests.postgresql_server import instead_of_files
 
-# Forked from a process that has only imported: a fork of this one would share its OpenMP threads.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["learner.stage"])
+
+def answer_in_short() -> None:
+    """Replies to canaries decide nothing here, and would take half of the time."""
+    evaluator.REPLY_TOKENS = 4
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator, "REPLY_TOKENS", evaluator.REPLY_TOKENS)
+    answer_in_short()
 
 
 def kill_myself(*_: object, **__: object) -> None:
@@ -52,6 +59,7 @@ def rejected(*_: object) -> str:
 
 def learner_that_dies(config: StoreConfig, model_path: str, point: str) -> None:
     """Runs the stage until `point`, which is a step of its order, and dies there."""
+    answer_in_short()
     match point:
         case "before the gate":
             lineage.objection = kill_myself
@@ -99,6 +107,7 @@ STEPS: dict[str, tuple[Any, str]] = {
 
 def lineages_that_die(config: StoreConfig, model_path: str, point: str, calls: int) -> None:
     """Trains two lineages in turn, and dies when they come to `point` after so many times."""
+    answer_in_short()
     owner, name = STEPS[point]
     setattr(owner, name, dies_after(calls, getattr(owner, name)))
     store = Store(config)
@@ -117,7 +126,7 @@ def run_until_killed(
     learner: Callable[..., None] = learner_that_dies,
 ) -> None:
     arguments = (recorded.store.config, model_path, point, *calls)
-    child = _processes.Process(target=learner, args=arguments)
+    child = processes.Process(target=learner, args=arguments)
     child.start()
     child.join(120)
     if child.is_alive():

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner import lineage, stage, trainer
+from learner import evaluator, lineage, stage, trainer
 from learner.checkpoint import load_checkpoint
 from learner.config import LearnerConfig
 from learner.kl import kl_divergence
@@ -95,8 +95,9 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def test_each_of_two_lineages_trains_bit_for_bit_as_if_it_were_alone(
-    tmp_path: Path, model_path: str
+    tmp_path: Path, model_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(evaluator, "REPLY_TOKENS", 8)
     shared = Recorded(tmp_path / "shared", model_path)
     alone = {name: Recorded(tmp_path / name, model_path) for name in (MAIN, ALICE)}
     for name in (MAIN, ALICE) * 3:

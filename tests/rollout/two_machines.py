@@ -161,7 +161,10 @@ async def play(folder: Path) -> dict[str, object]:
         found["runner"], _ = await runner(config, *where)
         found["calls from there"] = sum(other.name in json.dumps(one) for one in engine.requests)
         unsafe = [*RAY, *HEAD, f"--temp-dir={rays / 'o'}", f"--port={OPEN_PORT}"]
-        children.append(start(unsafe, log, RAY_AUTH_MODE="disabled"))
+        open_log = folder / "open.log"
+        with open_log.open("wb") as said:
+            children.append(start(unsafe, said, RAY_AUTH_MODE="disabled"))
+        await up(open_log, lambda: None)
         deadline = time.monotonic() + 300
         while "no head" in (told := (await runner(config, "--ray", f"{HERE}:{OPEN_PORT}"))[1]):
             assert time.monotonic() < deadline, told

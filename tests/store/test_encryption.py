@@ -348,26 +348,40 @@ def test_a_keyring_without_a_desktop_or_with_another_word_is_told(
 
 
 _KILLED = """
-import os, signal, sys
+import os, signal, sys, traceback
 from nextstate.config import StoreConfig
 from nextstate.store import Store, encryption
 from nextstate.store_key import find_store_key
 encryption._AT_ONCE = 2
-config, what, left = StoreConfig(dir=sys.argv[1]), sys.argv[2], int(sys.argv[3])
-def step(*_):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-key = find_store_key(config.path)
-with Store.encryption(config) as found:
-    found._database.compact_on = (lambda old: lambda on: (step(), old(on), step()))(
-        found._database.compact_on
-    )
-    if not found.is_interrupted and what != "go on":
-        found.turn_on(key) if what == "turn_on" else getattr(found, what)()
-    if found.is_interrupted:
-        found.go_on(key, step, step)
+config = StoreConfig(dir=sys.argv[1])
+
+def work(what, left):
+    def step(*_):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    key = find_store_key(config.path)
+    with Store.encryption(config) as found:
+        found._database.compact_on = (lambda old: lambda on: (step(), old(on), step()))(
+            found._database.compact_on
+        )
+        if not found.is_interrupted and what != "go_on":
+            found.turn_on(key) if what == "turn_on" else getattr(found, what)()
+        if found.is_interrupted:
+            found.go_on(key, step, step)
+
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        try:
+            what, left = line.split()
+            work(what, int(left))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -383,26 +397,21 @@ def test_a_kill_at_any_moment_loses_nothing_and_the_command_goes_on(
     with opened(config) as store:
         fill(store)
         before = everything(store)
-    kills, allowed = 0, 0
-    while True:  # each run is killed after a few more steps
-        run = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                _KILLED,
-                config.dir,
-                what if not kills else "go on",
-                f"{allowed}",
-            ],
-            capture_output=True,
-            timeout=60,
-        )
-        if run.returncode == 0:
-            break
-        assert run.returncode == -signal.SIGKILL, run.stderr.decode()
-        kills, allowed = kills + 1, allowed + 1
-        with pytest.raises(SealError, match="run it again"):
-            Store(config)
+    kills = 0
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    command = [sys.executable, "-c", _KILLED, config.dir]
+    with subprocess.Popen(command, text=True, **pipes) as forking:
+        assert forking.stdin is not None
+        assert forking.stdout is not None
+        while True:  # each fork is killed after one more step
+            print("go_on" if kills else what, kills, file=forking.stdin, flush=True)
+            if (code := int(forking.stdout.readline())) == 0:
+                break
+            assert code == -signal.SIGKILL
+            kills += 1
+            with pytest.raises(SealError, match="run it again"):
+                Store(config)
+        forking.stdin.close()
     assert kills > 3
     with opened(config) as store:
         assert everything(store) == before

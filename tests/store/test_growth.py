@@ -206,25 +206,43 @@ def change_for_ever(folder: Path, seed: int) -> None:
         print(flush=True)
 
 
+def change_in_forks(folder: Path) -> None:
+    """For each number that is read, a fork that changes records; tells its id, and how it ended."""
+    for seed in map(int, sys.stdin):
+        child = os.fork()
+        if not child:
+            print(os.getpid(), flush=True)
+            change_for_ever(folder, seed)
+        _, status = os.waitpid(child, 0)
+        print("ended", os.waitstatus_to_exitcode(status), flush=True)
+
+
 def test_the_counts_are_exact_wherever_a_process_is_killed(tmp_path: Path) -> None:
     folder = tmp_path / "state"
     machine = Counting(folder)
     for number in range(100):
         machine.record(LINEAGES[number % 2], TurnKind.MAIN, 0, None, True)
-    for kill in range(1, 6):
-        code = (
-            "import sys, pathlib, tests.store.test_growth as t; "
-            f"t.change_for_ever(pathlib.Path(sys.argv[1]), {kill})"
-        )
-        argv = [sys.executable, "-c", code, str(folder)]
-        env = {**os.environ, "NEXTSTATE_TEST_URL": machine.store.config.url}
-        with subprocess.Popen(argv, stdout=subprocess.PIPE, env=env) as child:
-            assert child.stdout is not None
+    code = (
+        "import sys, pathlib, tests.store.test_growth as t; "
+        "t.change_in_forks(pathlib.Path(sys.argv[1]))"
+    )
+    argv = [sys.executable, "-c", code, str(folder)]
+    env = {**os.environ, "NEXTSTATE_TEST_URL": machine.store.config.url}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(argv, env=env, text=True, **pipes) as forking:
+        assert forking.stdin is not None
+        assert forking.stdout is not None
+        for kill in range(1, 6):
+            print(kill, file=forking.stdin, flush=True)
+            child = int(forking.stdout.readline())
             for _ in range(40 + 17 * kill):
-                assert child.stdout.readline()
-            child.kill()
-        assert child.returncode == -signal.SIGKILL
-        machine.counts_are_those_of_the_rows()
+                assert forking.stdout.readline() == "\n"
+            os.kill(child, signal.SIGKILL)
+            while (told := forking.stdout.readline()) == "\n":
+                pass
+            assert told == f"ended {-signal.SIGKILL}\n"
+            machine.counts_are_those_of_the_rows()
+        forking.stdin.close()
     changed = machine.store.counts()
     assert changed["turns/main"] > 100
     assert changed["versions/retired"] > 0
