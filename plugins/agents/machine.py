@@ -190,7 +190,7 @@ _BY_USER = re.compile(
     re.IGNORECASE,
 )
 """What an agent reports of what the person did: nobody says it of oneself."""
-_FENCED = re.compile(r"```json[ \t]*\n(.*)\n```\Z", re.DOTALL)
+_FENCE, _FENCE_END = "```json\n", "\n```"
 _LONGEST_REPR, _MOST_BRACKETS = 4000, 100
 _OWN_SCRIPT = re.compile(r"\W{0,4}[\u3040-\u30ff\u3400-\u9fff\u0400-\u04ff]")
 _ADDRESS_ABROAD = re.compile(
@@ -262,8 +262,8 @@ def is_typed(text: str) -> bool:
 
 def is_json(text: str) -> bool:
     """Whether the whole text is one JSON object or array, also in a fence or as Python shows it."""
-    if fenced := _FENCED.match(text):
-        text = fenced[1].strip()
+    if text.startswith(_FENCE) and text.endswith(_FENCE_END):
+        text = text[len(_FENCE) : -len(_FENCE_END)].strip()
     if text.startswith("{'"):
         return _is_repr(text)
     if text[:1] + text[-1:] not in ("{}", "[]") or len(text) < 3:
