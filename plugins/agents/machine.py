@@ -6,6 +6,7 @@ person's. Every scan is linear in the text and looks at a limited number of line
 
 from __future__ import annotations
 
+import ast
 import re
 
 import orjson
@@ -31,10 +32,17 @@ _RESULT_TAG = re.compile(
 _ABOUT_FORM = re.compile(
     r"no (?:valid )?(?:tool|function) calls? (?:was |were )?(?:found|detected|made)\b|"
     r"(?:invalid|malformed) (?:tool|function|json|action)(?: call| format| arguments?)?[:.]|"
-    r"your (?:last |previous )?(?:response|output|message|reply) (?:could|was|is|did|does) not\b"
-    r"[^.\n]{0,40}\b(?:parsed|valid|contain|include|match|conform|formatted)\b|"
-    r"you did not (?:call|use|make|provide) (?:any|a|exactly one) (?:tool|function|action|command)"
-    r"(?: calls?)?\. (?:You must|Please|Every|Make sure|Use)\b|"
+    r"your (?:last |previous )?(?:response|output|message|reply) (?:could|was|is|did|does)"
+    r"(?: not|n['’]t)\b[^.\n]{0,40}\b(?:parsed|conform|formatted|(?:valid|contain|include|match)\b"
+    r"[^.\n]{0,30}\b(?:json|xml|yaml|tool|function|action|command|code block|tags?|format|"
+    r"schema))\b|"
+    r"(?:you must [^.\n]{1,60}\. )?your (?:last |previous )(?:answer|response|output|reply|message)"
+    r" (?:contained|included|had) no (?:valid )?(?:tool|function) calls?\b|"
+    r"(?:it (?:seems|looks like|appears)(?: that)? )?you (?:did not|didn['’]t|have not|haven['’]t) "
+    r"(?:call|use|make|provide|called|used|made|provided) (?:any|a|exactly one) "
+    r"(?:tool|function|action|command)(?: calls?)?\. (?:You must|Please|Every|Make sure|Use)\b|"
+    r"(?:error: )?invalid (?:action|move|command|choice)[.!:] "
+    r"(?:valid|available|allowed|possible|admissible) (?:actions|moves|commands|choices)\b|"
     r"(?:error: )?(?:i )?(?:failed to|could not|couldn't|cannot|unable to) parse "
     r"(?:your |the |a )?(?:response|output|message|reply|(?:tool|function) calls?|json)\b|"
     r"your (?:last |previous )?(?:answer|completion) (?:could|was|is|did) not (?:be )?(?:a |in )?"
@@ -56,7 +64,7 @@ _ABOUT_FORM = re.compile(
 _ASSESSED = re.compile(
     r"(?:(?:score|reward|grade|rating)\s?[:=]\s?-?\d[\d./%]{0,12}\s{0,2}[-,;|]?\s{0,2}"
     r"(?:feedback|reason(?:ing)?|comments?|explanation)\s?[:=]|"
-    r"reward\s?[:=]\s?-?[\d.]{1,12}\s{0,9}\Z|"
+    r"reward\s?[:=]\s?-?[\d.]{1,12}\s{0,9}(?:\Z|(?<=\n)(?:game over|done|terminated|episode)\b)|"
     r"your (?:submission|solution|code|program|patch) (?:failed|passed) \d{1,6} ?"
     r"(?:of|out of|/) ?\d)",
     re.IGNORECASE,
@@ -75,13 +83,24 @@ _REPORT = re.compile(
     r"(?:错误|报错|异常|エラー)[:：] ?[a-z_./]{3}|"
     r"(?:tool|function|command|code|execution|shell|terminal|bash|python|action|script|test)"
     r"[ _-]?(?:call )?(?:result|output|response|error|execution)s?\b"
-    r"(?:[^\n]{0,80}?:|(?=\**(?: \([^)\n]{1,80}\))?\n))|"
+    r"(?:[^\n]{0,80}?:|(?=\**(?: \([^)\n]{1,80}\)| ?>{2,9})?\n))|execution logs?:[ \t]*\n|"
+    r"(?:tool|function|command) `[^`\n]{1,100}` (?:was )?(?:executed|ran|called)\b[^\n]{0,40}[.:]|"
+    r"(?:tool|code|command|script) (?:ran|run) successfully\. (?:output|result|stdout):|"
+    r"(?:the )?(?:tool|function)(?: call)? (?:returned|raised|threw|gave) an? "
+    r"(?:error|exception)\b[^\n]{0,40}:|"
+    r"(?:here (?:is|are) )?the (?:results?|outputs?) of (?:running |executing |calling )?"
+    r"(?:the |your )?(?:tool|function|command|code|script)\b[^\n]{0,80}:[ \t]*\n|"
+    r"tests? failed: expected [^\n]{1,200}, (?:but )?(?:got|received|actual)\b|"
+    r"(?:FAILED|PASSED|ERROR) [\w./-]{1,200}\.py::\w|"
+    r"compil(?:ation|er) (?:errors?|failed)\b[^\n]{0,200}:\d|"
+    r"lint errors found\b[^\n]{0,80}:[ \t]*\n|"
+    r"(?:web )?search results\b[^\n]{0,100}:[ \t]*\n\s{0,9}(?:\[?1[.)\]]|https?:|[{<])|"
     r"(?:step|turn|iteration) \d{1,6} (?:result|output|observation)s?\b[^\n]{0,40}:|"
     r"step \d{1,6}/\d{1,6}[.:] |linter (?:errors|warnings)\b[^\n]{0,80}:|"
     r"(?:current|new) terminal (?:state|screen|output):|current url: |"
     r"(?:command|tool|function) [\w.-]{1,60} returned:|"
     r"(?:code|command|script) (?:was )?executed\b[^\n]{0,40}[:.]|"
-    r"observation\b(?: \([^)\n]{0,40}\)\s{0,2}:|(?=\**\n))|"
+    r"observation\b(?:(?: #?\d{1,6}| \([^)\n]{0,40}\))?\s{0,2}:|(?=\**\n))|"
     r"(?:results?|outputs?) (?:of|from|for) [^\n]{1,80}:[ \t]*\n|"
     r"(?:std(?:out|err)|output|result|return(?:ed)?[ _]?(?:code|value)|exit[ _]?(?:code|status))"
     r"[ \t]*[:=]|"
@@ -108,12 +127,14 @@ _AUTOMATED = re.compile(
     r"(?:this is an? (?:automated|automatic|system)[ -](?:\w{1,20} ){0,2}(?:message|reminder|"
     r"notice|notification|follow|prompt|check|event|update|request|response|reply)|"
     r"automated (?:message|reminder|follow-?up)\b|you have \d{1,6} (?:steps?|turns?|iterations?|"
-    r"attempts?|tool calls?) (?:left|remaining)\b|"
+    r"attempts?|tool calls?) (?:left|remaining)\b(?![^.\n]{0,80}\b(?:i|i'm|i'll|we)\b)|"
+    r"(?:iteration|step|turn|round) \d{1,6}/\d{1,6}[.:] (?:continue|proceed)\b[^\w\n]{0,9}\Z|"
+    r"\[(?:the )?user (?:cancelled|canceled|interrupted|aborted|rejected|denied)[^\]\n]{0,80}\]\Z|"
     r"(?:warning: )?you have used \d{1,6}(?:%| (?:of|out of) \d{1,6}) (?:(?:of )?(?:your|the) )?"
     r"(?:context|tokens?|steps|turns|iterations|tool calls)\b|"
     r"(?:\[[^\]\n]{1,40}\] )?scheduled (?:task|job) (?:fired|triggered|started)\b|"
     r"system (?:message|notification|reminder|note)\s*:|"
-    r"(?:please )?(?:remember|don't forget) to (?:update|use|maintain|check) (?:(?:your|the) "
+    r"(?:remember|don't forget) to (?:update|use|maintain|check) (?:(?:your|the) "
     r"(?:to-?do|task)[ -]?list|your (?:plan|progress|memory|scratchpad))\b[^\n]{0,60}\Z|"
     r"(?:dies(?:e nachricht)?|das) ist eine (?:automatische|automatisierte|system-?)\s?"
     r"(?:nachricht|meldung|erinnerung|benachrichtigung)\b|"
@@ -140,6 +161,37 @@ _ADDRESS = re.compile(
     r"[?？]|\b(?:i|i'm|you|your|my|please|pls|thanks?|why|ich|dein|bitte|danke|gracias|merci)\b",
     re.IGNORECASE,
 )
+_TYPED = re.compile(
+    r"\byou(?:'ve| have)? (?:forgot|missed|ignored|broke|should have)\b|"
+    r"\b(?:wrong|incorrect)(?=[.,;!]|\s*\Z)|\b(?:is|was|not|it's) (?:too|wrong|right)\b|"
+    r"\b(?:should|ought to) be\b|\bfix (?:it|this|that)\b|\bto me\b|\bthough\s*\Z",
+    re.IGNORECASE,
+)
+"""How a person judges what they quote in the same line."""
+_ERROR = re.compile(r"[^\n:]{0,80}\b(?:errors?|failures?|exceptions?|failed)\b", re.IGNORECASE)
+_TO_BE_FIXED = re.compile(r"\bfix (?:it|this|that)\b|\blook again\b", re.IGNORECASE)
+"""The same behind an error's name: a program also says that a value is wrong."""
+_ASKS = re.compile(r", please\b|\bplease\W{0,3}\Z")
+"""How people end a sentence that a harness ends with a full stop."""
+_MARKED = re.compile(
+    r"\[(?:tool|function|command|reminder|background|context)\] (?:I\b|[a-z])[^\d\n=<>{}/]{0,300}\Z"
+)
+"""A label before a sentence that begins in small letters and has no form of a log."""
+_MEANT = re.compile(r"\b(?:names?|make|use|call|keep|needs?|must|better|instead)\b", re.IGNORECASE)
+_SCORED = re.compile(
+    r"[A-Z][a-z]{3,6}: ?\d{1,3}/\d{1,3}, (?:reason|comments?|feedback): [a-z][^\n]{0,300}\Z"
+)
+_BY_USER = re.compile(
+    r"(?:the )?user (?:has )?(?:rejected|denied|declined|cancelled|canceled) (?:the|this|your) "
+    r"(?:edit|change|tool|command|action|request|operation|permission)"
+    r"(?: (?:to|of|for|call|use|execution)(?: [^\s]{1,300})?)?[.!]?\Z|"
+    r"tool (?:execution|call|use) was (?:cancelled|canceled|rejected|denied|interrupted) "
+    r"by the user[.!]?\Z",
+    re.IGNORECASE,
+)
+"""What an agent reports of what the person did: nobody says it of oneself."""
+_FENCE, _FENCE_END = "```json\n", "\n```"
+_LONGEST_REPR, _MOST_BRACKETS = 4000, 100
 _OWN_SCRIPT = re.compile(r"\W{0,4}[\u3040-\u30ff\u3400-\u9fff\u0400-\u04ff]")
 _ADDRESS_ABROAD = re.compile(
     r"[?？]|[你您请請吗]|不对|错了|谢谢|ください|ありがとう|なぜ|違|пожалуйста|спасибо|почему",
@@ -173,7 +225,10 @@ def source_of(text: str) -> Source | None:
     >>> source_of("no, shorter please"), source_of('{"exit_code": 1}')
     (<Source.USER: 'user'>, <Source.ENVIRONMENT: 'environment'>)
     """
-    if any(form.match(text) for form in (_RESULT_LINE, _RESULT_TAG, _ABOUT_FORM, _ASSESSED)):
+    if is_typed(text) and not _RESULT_TAG.match(text):
+        return Source.USER
+    forms = (_RESULT_LINE, _RESULT_TAG, _ABOUT_FORM, _ASSESSED, _BY_USER)
+    if any(form.match(text) for form in forms):
         return Source.ENVIRONMENT
     if is_json(text) or is_tagged(text):
         return Source.ENVIRONMENT
@@ -186,8 +241,31 @@ def source_of(text: str) -> Source | None:
     return None if is_template(text) else Source.USER
 
 
+def is_typed(text: str) -> bool:
+    """Whether a text of one line, such as a machine may write, says what only a person says.
+
+    >>> is_typed("Result: wrong. The total is 12."), is_typed("Result: 12")
+    (True, False)
+    """
+    if "\n" in text or len(text) > _HEAD_CHARS:
+        return False
+    if _MARKED.match(text) and (_OWN.search(text) or _MEANT.search(text)):
+        return True
+    if _SCORED.match(text):
+        return True
+    if _ABOUT_FORM.match(text):
+        return _ASKS.search(text) is not None
+    if not _REPORT.match(text):
+        return False
+    return (_TO_BE_FIXED if _ERROR.match(text) else _TYPED).search(text) is not None
+
+
 def is_json(text: str) -> bool:
-    """Whether the whole text is one JSON object or array."""
+    """Whether the whole text is one JSON object or array, also in a fence or as Python shows it."""
+    if text.startswith(_FENCE) and text.endswith(_FENCE_END):
+        text = text[len(_FENCE) : -len(_FENCE_END)].strip()
+    if text.startswith("{'"):
+        return _is_repr(text)
     if text[:1] + text[-1:] not in ("{}", "[]") or len(text) < 3:
         return False
     try:
@@ -195,6 +273,15 @@ def is_json(text: str) -> bool:
     except orjson.JSONDecodeError:
         return False
     return True
+
+
+def _is_repr(text: str) -> bool:
+    if len(text) > _LONGEST_REPR or text.count("{") + text.count("[") > _MOST_BRACKETS:
+        return False
+    try:
+        return isinstance(ast.literal_eval(text), dict)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return False
 
 
 def is_tagged(text: str) -> bool:

@@ -14,7 +14,7 @@ from nextstate.hooks import AgentProfile, Utterance, text_of
 from nextstate.records import Json, Source, TurnKind
 from plugins.agents.envelopes.known import AGENTS, without_files
 from plugins.agents.envelopes.shape import Agent
-from plugins.agents.machine import is_tagged, source_of
+from plugins.agents.machine import is_tagged, is_typed, source_of
 
 GENERIC = Agent("generic")
 
@@ -92,7 +92,7 @@ class Profile:
         if role in ("tool", "function"):
             return Utterance(Source.TOOL, text) if text else None
         if role == "user":
-            return self._in_user_role([text.strip() for text in without_files(_texts(message))])
+            return self._in_user_role([_bare(text) for text in without_files(_texts(message))])
         if _is_system(message) and self._agent is not GENERIC:
             return None  # known agents give the model general instructions there
         return Utterance(Source.ENVIRONMENT, text.strip()) if text.strip() else None
@@ -129,9 +129,14 @@ class Profile:
                 return Utterance(Source.USER, words) if words else None
         if not text or _HOUSEKEEPING.begin(text):
             return None
-        if _OBSERVATIONS.begin(text):
+        if _OBSERVATIONS.begin(text) and (self._agent is not GENERIC or not is_typed(text)):
             return Utterance(Source.ENVIRONMENT, text)
         return Utterance(Source.USER, text)
+
+
+def _bare(text: str) -> str:
+    """The text without white space and byte order marks around it."""
+    return text.strip().strip("\ufeff").strip()
 
 
 def _is_words(text: str) -> bool:

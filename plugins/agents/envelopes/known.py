@@ -20,6 +20,9 @@ _GO_ON = ("Please continue.", "Continue from where you left off.")
 _RAG = "### Task:\nRespond to the user query using the provided context"
 _AGENT_ZERO = frozenset(("user_message", "user_intervention", "system_message", "attachments"))
 _PICTURE_NOTES = re.compile(r"(?:\[Image: (?:source: |original \d)[^\]\n]{0,1000}\]\s*+)+")
+_SETUP = ("# Context from my IDE setup:\n", "# Files mentioned by the user:\n")
+_REQUEST = "\n## My request for Codex:"
+_CRITERIA = "\nThis is the expected criteria for your final answer"
 _HISTORY = ("<chat_history>", "### Chat History", "<prompt>")
 
 
@@ -69,6 +72,22 @@ def words_beside_picture(text: str) -> str | None:
     return text[note.end() :] if note else None
 
 
+def words_behind_setup(text: str) -> str | None:
+    """A person's request behind what Codex tells of their editor and of files that they named.
+
+    >>> words_behind_setup("# Context from my IDE setup:\\n\\n## My request for Codex:\\nno")
+    'no'
+    """
+    if not text.startswith(_SETUP):
+        return None
+    return text.rpartition(_REQUEST)[2].strip() if _REQUEST in text else ""
+
+
+def without_task(text: str) -> str | None:
+    """No words for the task that CrewAI gives to an agent of a crew."""
+    return "" if text.startswith("Current Task: ") and _CRITERIA in text else None
+
+
 def words_in_json(text: str) -> str | None:
     """A person's words in the JSON object that Letta or Agent Zero makes of them.
 
@@ -97,9 +116,11 @@ _CODE: Mapping[str, Mapping[str, Any]] = {
         "session_name": openclaw.session_of,
     },
     "claude_code": {"read_own": without_going_on, "read_shared": words_beside_picture},
+    "codex": {"read_shared": words_behind_setup},
     "qwen_code": {"read_own": without_going_on},
     "gemini_cli": {"read_own": without_going_on},
     "letta": {"read_shared": words_in_json},
+    "crewai": {"read_shared": without_task},
     "cline": {"read_shared": words_in_result},
     "open_webui": {"is_side": is_open_webui_task, "read_shared": question_with_context},
 }

@@ -16,7 +16,7 @@ CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>"
 _CARRIER_END = "<<<END_OPENCLAW_INTERNAL_CONTEXT>>>"
 _MARK = "⟦openclaw:ctx⟧"
 """In newer releases, the end of the header of every block beside a person's words."""
-_STAMP = re.compile(r"\[\w{3} \d{4}-\d\d-\d\d \d\d:\d\d[^\]\n]{0,60}\] ?")
+_STAMP = re.compile(r"\[[^\W\d_][^\s\d\[\]]{0,15} \d{4}-\d\d-\d\d \d\d:\d\d[^\]\n]{0,60}\] ?")
 _CHANNEL = re.compile(
     r"\[(?:Telegram|WhatsApp|Discord|Slack|Signal|iMessage|BlueBubbles|WebChat|Matrix|MSTeams|Teams|"
     r"Microsoft Teams|Google ?Chat|Mattermost|LINE|Zalo(?: ?User)?|Feishu|Lark|IRC|Nostr|SMS|Voice|"
