@@ -63,7 +63,8 @@ def find_parent(sessions: Sessions, link: Link, scope: Scope) -> Found:
         best = _surest(shared or rows, link, siblings=True)
         if (
             best is None
-            or is_answer_to(sessions, best, before(link.messages, last))
+            or best.messages == b"".join([one.hash for one in link.messages[: last.start]])
+            or (_is_alike(best, link) and is_answer_to(sessions, best, before(link.messages, last)))
             or _is_named(sessions, scope)
         ):
             return _found(best, link)
@@ -72,9 +73,10 @@ def find_parent(sessions: Sessions, link: Link, scope: Scope) -> Found:
         if reply.key is None:
             continue
         rows = sessions.with_reply_key(reply.key)
-        if not _is_named(sessions, scope):
+        if rows and not _is_named(sessions, scope):
             left = before(link.messages, reply)
-            proven = [row for row in rows if is_rest_of(sessions, row, left, reply.size)]
+            alike = [row for row in rows if _is_alike(row, link)]
+            proven = [row for row in alike if is_rest_of(sessions, row, left, reply.size)]
             unsure = unsure or len(proven) < len(rows)
             rows = proven
         if rows:
@@ -181,7 +183,7 @@ def _surest(rows: Sequence[Candidate], link: Link, *, siblings: bool = False) ->
 
 
 def _is_alike(row: Candidate, link: Link) -> bool:
-    """Whether a turn in the same words has the same system's text, too, or the words are many."""
+    """Whether a turn has the same system's text, or the words of the request are many."""
     last = link.replies[0]
     if _system(row.context_key) == _system(last.context_key):
         return True

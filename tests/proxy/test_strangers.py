@@ -237,6 +237,28 @@ def test_short_words_to_another_system_are_not_the_same_words() -> None:
         ]
         with recorded([steps], Random(0), names) as found:
             assert found.parents["two"] == parent
+    for own, later in (
+        ([BOOK, said("I look.", "f"), OK], [BOOK]),
+        ([BOOK, said("Which?"), POEM], [said("Which?"), POEM]),
+        ([user("Rules."), user("[10:00] Book.")], [user("Rules."), BOOK]),
+    ):
+        for begins, parent in ((cook, None), (pirate, "one")):
+            steps = [
+                asked("one", [pirate, *own], DONE),
+                asked("two", after([begins, *later], DONE), said("I see.")),
+            ]
+            with recorded([steps], Random(0)) as found:
+                assert found.parents["two"] == parent
+
+
+def test_an_opening_of_the_model_itself_is_found_by_the_system_that_asked_for_it() -> None:
+    steps = [
+        asked("one", [SHOP], said(GREETING)),
+        asked("two", after([SHOP], said(GREETING)), said("I see.")),
+        asked("other", after([system("You help in a bank.")], said(GREETING)), said("I see.")),
+    ]
+    with recorded([steps], Random(0)) as found:
+        assert (found.parents["two"], found.parents["other"]) == ("one", None)
 
 
 QUESTION = user("That is not what I asked.")
