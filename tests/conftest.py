@@ -164,7 +164,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not (of_store or hasattr(metafunc.module, "DATABASES")):
         return
     chosen = [one.args[0] for one in metafunc.definition.iter_markers("parametrize")]
-    only = "database" in chosen or metafunc.definition.get_closest_marker("sqlite") is not None
+    only = (
+        any("database" in names for names in chosen)
+        or metafunc.definition.get_closest_marker("sqlite") is not None
+    )
     if not only and not issubclass(metafunc.cls or object, TestCase):
         metafunc.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 

@@ -138,6 +138,8 @@ class Lab:
     log: list[str]
     words: dict[str, str] = field(default_factory=dict)
     """What `$name$` stands for."""
+    held: dict[str, object] | None = None
+    """What was there after the last attack: a late change counts as the next one's."""
 
     def fill(self, text: str) -> str:
         for name, value in self.words.items():
@@ -220,7 +222,7 @@ class Lab:
 
     def harm(self, before: dict[str, object], *, reaches: bool = False) -> list[str]:
         """What an attack has changed, with nobody's permission."""
-        after = self.hold()
+        after = self.held = self.hold()
         return [
             name
             for name in before

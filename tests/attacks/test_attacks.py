@@ -38,7 +38,7 @@ async def furnished() -> AsyncGenerator[Lab]:
 
 async def wrong_with(lab: Lab, attack: Attack) -> list[str]:
     """What a request did that it must not."""
-    before = lab.hold()
+    before = lab.held or lab.hold()
     answer = await lab.send(attack)
     statuses = [attack.status] if isinstance(attack.status, int) else attack.status
     found = [] if answer.status in statuses else [f"answered {answer.raw[:300]!r}"]

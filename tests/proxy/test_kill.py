@@ -411,7 +411,11 @@ def test_the_first_turn_after_a_start_survives_the_proxy(tmp_path: Path) -> None
     check(tmp_path, asyncio.run(scene()))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("database", "number"),
+    [("sqlite", signal.SIGINT), ("postgresql", signal.SIGTERM)],
+    indirect=["database"],
+)
 def test_a_proxy_that_gets_a_signal_stores_late_turns_before_it_ends(
     tmp_path: Path, number: signal.Signals
 ) -> None:
