@@ -40,7 +40,6 @@ def add(subparsers: Any) -> None:
     text = "start engine, proxy, judge and learner, and keep them running"
     parser = add_command(subparsers, "up", run, text)
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     text = "if there is no configuration file: write one with the defaults"
     parser.add_argument("--yes", action="store_true", help=text)
     text = "run the parts on the nodes of the Ray cluster whose head is at HOST:PORT; auto: the "
