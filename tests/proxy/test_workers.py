@@ -222,7 +222,6 @@ def test_a_killed_worker_is_restarted_and_the_others_serve_meanwhile(
                     async with proxy.connected() as connection:
                         assert (await connection.chat([said("still there?")]))[0] == 200
                         served += connection.pid == theirs[0].pid
-                    await asyncio.sleep(0.05)  # leave the CPU to the one that starts
             assert served > 0
             gate.set()
             assert (await held.read()).endswith(b"data: [DONE]\n\n")
