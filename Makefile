@@ -49,9 +49,10 @@ unexport PYTHONDONTWRITEBYTECODE
 RUN    := $(BIN)/python
 PYTEST  = $(RUN) -m pytest -q
 ALL    := test-engine test-waiting test-others
-WAITING := tests/app/test_ray_up.py tests/whole/test_rollout_kill.py tests/whole/test_three_machines.py
+WAITING := $(addprefix tests/,app/test_ray_up.py rollout/test_browsers.py rollout/test_nodes.py whole/test_rollout_kill.py \
+  whole/test_three_machines.py)
 
-test: env  ## lint, types and every test, some of them over one real vLLM (about 25 minutes on 2 cores)
+test: env  ## lint, types and every test, some of them over one real vLLM (about 20 minutes on 2 cores)
 	@$(MAKE) --no-print-directory --jobs 3 --keep-going lint $(ALL)
 
 test-engine: env

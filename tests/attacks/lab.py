@@ -295,7 +295,7 @@ async def _door(
             max_body_mb=8,
             writer=WriterThread(redactor=Redactor()),
         ) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             p.proxy.pages = Page(
                 settings_of(store, folder),
                 store,

@@ -194,7 +194,7 @@ def test_what_an_earlier_release_loaded_is_unloaded_and_its_versions_serve(
             engine.adapters["main-v000001"] = str(version.path)
             engine.adapters["someone-elses"] = "/other"
             async with running(engine.url, store, tmp_path) as p:
-                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+                await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
                 assert set(engine.adapters) == {"someone-elses", adapter("main", 1, "v1")}
                 answer = await p.http.get(f"{p.url}/v1/models")
                 names = [model["id"] for model in json.loads(await answer.read())["data"]]

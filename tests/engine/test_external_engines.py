@@ -32,7 +32,7 @@ def test_an_engine_that_answers_chat_is_relayed_and_recorded(
     async def test() -> None:
         engine = Foreign(**options)
         async with relayed(engine, store, tmp_path) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             status, data, headers = await p.chat(request(stream=stream))
             assert (status, headers["x-nextstate-version"]) == (200, "0")
             said = request(stream=stream)
@@ -66,7 +66,7 @@ def test_the_base_serves_where_adapters_cannot(
 
     async def test() -> None:
         async with relayed(Hears(**ENGINES[name][0]), store, tmp_path) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             form = {"Content-Type": "multipart/form-data; boundary=x"}
             url = f"{p.url}/v1/audio/transcriptions"
             assert (await p.http.post(url, data=b"--x--", headers=form)).status == 200
@@ -118,7 +118,7 @@ def test_an_engine_that_gets_what_it_lacked_serves_the_version(
     async def test() -> None:
         engine = ScriptedEngine(refuses_adapters=True)
         async with relayed(engine, store, tmp_path, intervals=often) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             assert (await p.chat(request()))[2]["x-nextstate-version"] == "0"
             engine.refuses_adapters = False
             await until(lambda: not p.proxy.engines[0].abilities.lacks)
@@ -143,7 +143,7 @@ def test_fields_that_only_chat_refuses_are_left_out_from_then_on(
     async def test() -> None:
         engine = Picky(tells_ids=False)
         async with relayed(engine, store, tmp_path) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             for times in (2, 3):
                 status, _, headers = await p.chat(request(stream=True))
                 assert (status, engine.asked) == (200, times)
@@ -161,7 +161,7 @@ def test_a_model_that_the_engine_does_not_know_is_reported_and_its_own_answer_pa
 ) -> None:
     async def test() -> None:
         async with relayed(Foreign(names=("other", "more")), store, tmp_path) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             status, data, _ = await p.chat(request())
             assert (status, orjson.loads(data)["error"]["message"]) == (404, "no such model")
             found = await (await p.http.get(f"{p.url}/healthz")).json()
@@ -176,7 +176,7 @@ def test_a_model_that_the_engine_does_not_know_is_reported_and_its_own_answer_pa
 def test_the_address_may_end_where_clients_end_it(store: Store, tmp_path: Path, path: str) -> None:
     async def test() -> None:
         async with relayed(ScriptedEngine(), store, tmp_path, path) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             assert (await p.chat(request()))[0] == 200
             answer = await p.http.post(f"{p.url}/v1/echo", data=b"x")
             assert (answer.status, await answer.read()) == (200, b"x")

@@ -258,7 +258,7 @@ def test_another_server_in_the_engines_place_is_noticed_and_logged_once(
         engine = ScriptedEngine()
         async with relayed(engine, store, tmp_path, intervals=often, hold_s=5) as p:
             watched = p.proxy.versions
-            await asyncio.wait_for(watched.wait_up(), 10)
+            await asyncio.wait_for(watched.wait_up(), 60)
             assert engine.server is not None
             port = engine.server.port
             await engine.server.close()
@@ -307,7 +307,7 @@ def test_status_says_as_much_for_a_proxy_with_a_key(
     async def test() -> None:
         engine = Foreign(key="engine-key", **ENGINES["ollama"][0])
         async with relayed(engine, store, tmp_path, key="secret") as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             keyed = {"Authorization": "Bearer secret"}
             await p.http.post(f"{p.url}/v1/completions", data=b"no JSON", headers=keyed)
             port = int(p.url.rpartition(":")[2])
@@ -358,7 +358,7 @@ def test_status_counts_replies_that_went_out_without_a_record(
 ) -> None:
     async def test() -> None:
         async with relayed(ScriptedEngine(), store, tmp_path, record=record) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             port = int(p.url.rpartition(":")[2])
             settings = Settings.read(configured(tmp_path, "http://h", port=port))
             for _ in range(2):

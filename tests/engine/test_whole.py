@@ -99,7 +99,7 @@ class World:
 @asynccontextmanager
 async def world(store: Store, folder: Path) -> AsyncGenerator[World]:
     async with scripted_engine() as engine, running(engine.url, store, folder) as proxy:
-        await asyncio.wait_for(proxy.proxy.versions.wait_up(), 10)
+        await asyncio.wait_for(proxy.proxy.versions.wait_up(), 60)
         made = World(store, folder, proxy)
         base = EngineClient(engine.url, MODEL, "engine-key")
         made.pool = EnginePool(

@@ -108,7 +108,7 @@ async def judge_through_kills(folder: Path, store: Store, kills: int) -> None:
                 await asyncio.sleep(0.03 * rng.random())
             finally:
                 process.kill()
-                process.wait(10)
+                process.wait(60)
 
 
 @pytest.mark.parametrize(

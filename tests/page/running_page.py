@@ -112,7 +112,7 @@ async def site(
         running(engine.url, store, tmp_path, key=key, access=access) as p,
         aiohttp.ClientSession(timeout=TIMEOUT, cookie_jar=aiohttp.CookieJar(unsafe=True)) as http,
     ):
-        await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+        await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
         p.proxy.pages = page = Page(
             settings_of(store, tmp_path),
             store,

@@ -105,7 +105,7 @@ def both(
 
     async def run() -> None:
         async with scripted_engine() as engine, running(engine.url, store, tmp_path, **config) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             await test(engine, p)
 
     asyncio.run(run())

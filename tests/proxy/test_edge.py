@@ -97,7 +97,7 @@ def test_a_path_that_only_resembles_a_route_is_a_404_of_the_proxy(
 ) -> None:
     async def test() -> None:
         async with any_engine() as (url, seen), running(url, store, tmp_path) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             raw = post(target, JSON).replace(b"POST", method.encode(), 1)
             found = await ask(p.url, raw)
             assert (found.status, found.error["type"]) == (404, "NotFoundError")
@@ -139,7 +139,7 @@ def test_a_redirect_of_the_engine_is_neither_followed_nor_passed_on(
 ) -> None:
     async def test() -> None:
         async with any_engine(307, location) as (url, seen), running(url, store, tmp_path) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             paths = ("/v1/chat/completions", "/v1/messages", "/v1/embeddings/", "/tokenize")
             for path in paths:
                 body = orjson.dumps(request(stream=stream, max_tokens=9))
@@ -331,7 +331,7 @@ def test_no_answer_is_compressed_unless_the_client_asks(store: Store, tmp_path: 
         async with TestServer(engine.app()) as server:
             engine.server = server
             async with running(engine.url, store, tmp_path) as p:
-                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+                await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
                 for raw in (get("/v1/models"), get("/version"), post("/v1/score", JSON)):
                     found = await ask(p.url, raw)
                     assert "content-encoding" not in found.headers

@@ -126,7 +126,7 @@ def test_a_request_is_not_sent_again_once_a_part_of_an_answer_has_come(
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
             port = server.sockets[0].getsockname()[1]
             async with running(f"http://127.0.0.1:{port}", store, tmp_path) as p:
-                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+                await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
                 failed = count_failures(p)
                 status, _ = await ask(p, path)
                 assert (status, len(taken), failed) == (503, 1, [])

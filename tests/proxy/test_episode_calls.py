@@ -436,7 +436,7 @@ def test_an_episode_that_one_worker_opens_is_known_to_the_other_at_once(
             running(engine.url, store, tmp_path, worker="b") as b,
         ):
             for p in (a, b):
-                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+                await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             opened = await Environment(a).open("e-1", max_calls=2)
             session = {"X-Session-Id": "e-1"}
             first, _ = await call(b, f"{b.url}/v1", TASK, headers=session)

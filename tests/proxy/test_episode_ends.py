@@ -51,7 +51,7 @@ def test_a_reply_that_streams_at_the_deadline_is_cut_with_an_error(
         assert (status, last["error"]["type"]) == (200, "EpisodeBudgetError")
         assert last["error"]["message"].startswith(OVER)
         assert b"Hel" in sent
-        await asyncio.wait_for(engine.aborted.wait(), 10)
+        await asyncio.wait_for(engine.aborted.wait(), 60)
         await until(lambda: len(store.turns.ids()) == 1)
         found = turn(store, store.turns.ids()[0])
         assert (found.untrainable, found.step, found.reply["content"]) == (CUT, 0, "Hel")

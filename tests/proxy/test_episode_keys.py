@@ -107,12 +107,12 @@ def test_opened_again_an_episode_has_the_same_key_also_after_a_restart(
             made: list[str] = []
             for _ in range(2):
                 async with running(engine.url, store, tmp_path) as p:
-                    await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+                    await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
                     made += [(await opened(p, runs))["api_key"] for _ in range(2)]
                     assert await asks(p, made[0]) == 200
             assert len({*made}) == 1
             async with running(engine.url, store, tmp_path) as p:
-                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+                await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
                 theirs = (await opened(p, other))["api_key"]
                 assert theirs not in made
                 assert [await asks(p, key) for key in (theirs, made[0])] == [200, 401]
@@ -156,7 +156,7 @@ def test_with_several_workers_the_key_before_ends_at_all_of_them(
             running(engine.url, store, tmp_path, worker="1") as second,
         ):
             for p in (first, second):
-                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+                await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             key = (await opened(first, runs))["api_key"]
             assert [await asks(p, key) for p in (first, second)] == [200, 200]
             again = (await opened(second, more))["api_key"]

@@ -176,7 +176,7 @@ async def between(store: Store, tmp_path: Path) -> AsyncGenerator[tuple[NastyEng
     settings: dict[str, Any] = {"hold_s": 0.05, "record_timeout_s": 30.0, "max_body_mb": 1}
     try:
         async with running(engine.url, store, tmp_path, KEY, **settings) as proxy:
-            await asyncio.wait_for(proxy.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(proxy.proxy.versions.wait_up(), 60)
             yield engine, proxy
     finally:
         await engine.close()
@@ -218,7 +218,7 @@ async def run(numbers: range, store: Store, tmp_path: Path) -> None:
                 found = await asyncio.gather(*(ask(engine, port, c, ended) for c in others))
                 for lonely in alone:
                     found.append(await ask(engine, port, lonely, ended))
-                    await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+                    await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
                 wrong += [complaint for complaint in found if complaint]
                 wrong += [f"logged among {batch[0].number}+: {e}" for e in errors.found[heard:]]
                 done = 100 * (start + AT_ONCE - numbers.start) // len(numbers)
@@ -276,7 +276,7 @@ def test_an_engine_that_answers_our_own_questions_with_nonsense_is_asked_again(
             async with running(engine.url, store, tmp_path) as p:
                 await until(lambda: engine.asked > 1)
                 engine.models = sound
-                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+                await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
         finally:
             await engine.close()
 

@@ -203,7 +203,7 @@ class Victim:
         self.up.clear()
         if self._process is not None:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(60)
 
 
 class Seen:

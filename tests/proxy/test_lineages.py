@@ -458,7 +458,7 @@ def test_nothing_of_one_lineage_gets_into_another(traffic: list[list[Ask | Publi
             scripted_engine() as engine,
             running(engine.url, store, folder, **OPEN) as p,
         ):
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             done = Traffic(store, engine, p, folder)
             for at_once in traffic:
                 async with asyncio.TaskGroup() as tasks:

@@ -71,7 +71,7 @@ async def ask_raw(p: Running, target: str, method: str = "POST") -> tuple[int, b
 def test_no_path_leads_out_of_v1(store: Store, tmp_path: Path, target: str, base_path: str) -> None:
     async def test() -> None:
         async with any_path() as (url, seen), running(url + base_path, store, tmp_path) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             for method in ("POST", "GET"):
                 status, body = await ask_raw(p, target, method)
                 assert (status, json.loads(body)["error"]["code"]) == (404, 404)
@@ -97,7 +97,7 @@ def test_other_paths_reach_the_engine_as_they_were_written(
 ) -> None:
     async def test() -> None:
         async with any_path() as (url, seen), running(f"{url}/engine", store, tmp_path) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             assert (await ask_raw(p, target))[0] == 200
             assert seen == [f"/engine{target}"]
 

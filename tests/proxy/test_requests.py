@@ -414,7 +414,7 @@ def test_the_deadlines_leave_a_slow_reply_and_an_idle_connection_alone(
             scripted_engine() as engine,
             running(engine.url, store, tmp_path, intervals=short) as p,
         ):
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             engine.script.gate = gate = asyncio.Event()
             host, port = p.url.removeprefix("http://").split(":")
             reader, writer = await asyncio.open_connection(host, int(port))

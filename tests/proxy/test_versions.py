@@ -215,9 +215,9 @@ def test_a_store_that_fails_while_the_engine_comes_back_does_not_end_the_watchin
             if adapter == "changed":
                 await until(lambda: "getting the engine ready failed" in caplog.text)
             else:  # the store is not needed to serve
-                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+                await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             file.execute("ALTER TABLE gone RENAME TO versions")
-        await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+        await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
         status, _, headers = await p.chat(request())
         assert (status, headers["x-nextstate-version"]) == (200, "01"[adapter == "whole"])
 
@@ -234,7 +234,7 @@ def test_a_proxy_whose_watching_has_failed_ends(
         ended = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
         async with running("http://127.0.0.1:1", store, tmp_path):
-            await asyncio.wait_for(ended.wait(), 5)
+            await asyncio.wait_for(ended.wait(), 60)
         assert "a defect" in caplog.text
 
     monkeypatch.setattr(Versions, "run", broken)

@@ -93,7 +93,7 @@ def paired(tmp_path: Path, test: Callable[[Pair], Any]) -> None:
             running(engine.url, stores[1], tmp_path, worker="1", record_timeout_s=10.0) as second,
         ):
             for worker in (first, second):
-                await asyncio.wait_for(worker.proxy.versions.wait_up(), 10)
+                await asyncio.wait_for(worker.proxy.versions.wait_up(), 60)
             await test(Pair(engine, (first, second), stores))
         for store in stores:
             store.close()

@@ -91,7 +91,7 @@ def test_the_episodes_of_a_killed_actor_are_run_again_and_none_counts_twice(
         server = engine.server = TestServer(engine.app())
         await server.start_server()
         async with running(engine.url, store, tmp_path) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             config, tasks = tmp_path / "nextstate.toml", tmp_path / "tasks.jsonl"
             port = p.url.rpartition(":")[2]
             config.write_text(CONFIG.format(folder=tmp_path, model=MODEL, port=port))

@@ -65,7 +65,7 @@ def through(home: Path, *arguments: str, key: str | None = None, context: int = 
     async def run() -> None:
         async with scripted_engine() as engine, running(engine.url, store, home, key=key) as p:
             engine.context = context
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             more = 'api_key_env = "NEXTSTATE_TEST_KEY"' if key else ""
             write_config(home, p.url, more)
             assert await asyncio.to_thread(connect, home, *arguments) == 0
@@ -435,7 +435,7 @@ def test_a_first_turn_that_is_refused_or_not_recorded_is_an_error(
 
     async def run() -> None:
         async with scripted_engine() as engine, running(engine.url, store, home, key=KEY) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 60)
             for url in (p.url, engine.url):  # without the proxy's key; no proxy at all
                 write_config(home, url)
                 assert await asyncio.to_thread(connect, home, "openclaw") == 2

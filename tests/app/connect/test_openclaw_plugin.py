@@ -88,7 +88,7 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> Talk:
             running(engine.url, talk.store, home, profile="auto") as proxy,
         ):
             engine.context = 65_536
-            await asyncio.wait_for(proxy.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(proxy.proxy.versions.wait_up(), 60)
             config.write_text(
                 f'[store]\ndir = "{home}/none"\n[engine]\nmodel = "{MODEL}"\n'
                 f"[proxy]\nport = {proxy.url.rpartition(':')[2]}\n"

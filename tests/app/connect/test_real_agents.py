@@ -126,7 +126,7 @@ def test_a_real_agent_reads_its_settings_and_its_file_comes_back(
     async def talk() -> None:
         async with scripted_engine() as engine, running(engine.url, store, tmp_path) as proxy:
             engine.context = agent.context
-            await asyncio.wait_for(proxy.proxy.versions.wait_up(), 10)
+            await asyncio.wait_for(proxy.proxy.versions.wait_up(), 60)
             port = proxy.url.rpartition(":")[2]
             config.write_text(
                 f'[store]\ndir = "{tmp_path}/none"\n[engine]\nmodel = "{MODEL}"\n'
