@@ -41,6 +41,28 @@ class Step:
     """A name for the chat that it belongs to."""
 
 
+def user(text: str) -> Json:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str | None, *calls: tuple[str, str]) -> Json:
+    message: Json = {"role": "assistant", "content": text}
+    if calls:
+        message["tool_calls"] = [
+            {"id": f"call_{n}", "type": "function", "function": {"name": name, "arguments": args}}
+            for n, (name, args) in enumerate(calls)
+        ]
+    return message
+
+
+def result(number: int = 0) -> Json:
+    return {"role": "tool", "tool_call_id": f"call_{number}", "content": f"result {number}"}
+
+
+def asked(turn: str, messages: Sequence[Json], reply: Json) -> Step:
+    return Step(turn, [*messages], reply, False, None, [], "")
+
+
 def alternating(*texts: str) -> list[Json]:
     """A history that alternates, the user first."""
     roles = ("user", "assistant")

@@ -10,30 +10,17 @@ import pytest
 from nextstate.hooks import Utterance
 from nextstate.records import Json
 from plugins.agents.profile import GENERIC, Profile
-from tests.proxy.conversations import AT_LENGTH, Step, alternating, recorded, step
-
-
-def user(text: str) -> Json:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str | None, *calls: tuple[str, str]) -> Json:
-    message: Json = {"role": "assistant", "content": text}
-    if calls:
-        message["tool_calls"] = [
-            {"id": f"call_{n}", "type": "function", "function": {"name": name, "arguments": args}}
-            for n, (name, args) in enumerate(calls)
-        ]
-    return message
-
-
-def result(number: int) -> Json:
-    return {"role": "tool", "tool_call_id": f"call_{number}", "content": f"result {number}"}
-
-
-def asked(turn: str, messages: list[Json], reply: Json) -> Step:
-    return Step(turn, messages, reply, False, None, [], "")
-
+from tests.proxy.conversations import (
+    AT_LENGTH,
+    Step,
+    alternating,
+    asked,
+    assistant,
+    recorded,
+    result,
+    step,
+    user,
+)
 
 GO = [{"role": "system", "content": "You are careful."}, user("Look at both files.")]
 CALLS = [("read", '{"path": "a.py", "lines": 100.0}'), ("read", '{"path": "b.py"}'), ("date", "")]

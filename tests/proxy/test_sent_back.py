@@ -6,7 +6,6 @@ else, or the same in another form; its turn stays its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -15,33 +14,12 @@ import pytest
 from nextstate.records import Json
 from proxy.exchange import Exchange
 from tests.proxy import conversations
-from tests.proxy.conversations import Step, recorded
-
-
-def user(text: str) -> Json:
-    return {"role": "user", "content": text}
-
-
-def said(text: str | None, *calls: tuple[str, str]) -> Json:
-    message: Json = {"role": "assistant", "content": text}
-    if calls:
-        message["tool_calls"] = [
-            {"id": f"call_{n}", "type": "function", "function": {"name": name, "arguments": args}}
-            for n, (name, args) in enumerate(calls)
-        ]
-    return message
+from tests.proxy.conversations import Step, asked, recorded, result, user
+from tests.proxy.conversations import assistant as said
 
 
 def get(arguments: str) -> Json:
     return said(None, ("get", arguments))
-
-
-def result(number: int = 0) -> Json:
-    return {"role": "tool", "tool_call_id": f"call_{number}", "content": f"result {number}"}
-
-
-def asked(turn: str, messages: Sequence[Json], reply: Json) -> Step:
-    return Step(turn, [*messages], reply, False, None, [], "")
 
 
 GO = [{"role": "system", "content": "You are careful."}, user("Look at the files please.")]

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from nextstate.records import Json
-from tests.proxy.conversations import AT_LENGTH, Step, alternating, recorded
+from tests.proxy.conversations import AT_LENGTH, alternating, asked, recorded
 
 GREETING = "Hello and welcome! I am the assistant of this shop." + AT_LENGTH
 SHOP: Json = {"role": "system", "content": "You help in a shop."}
@@ -36,10 +36,6 @@ def said(text: str, *calls: str) -> Json:
             for n, name in enumerate(calls)
         ]
     return message
-
-
-def asked(turn: str, messages: Sequence[Json], reply: Json) -> Step:
-    return Step(turn, [*messages], reply, False, None, [], "")
 
 
 def after(messages: Sequence[Json], reply: Json, word: str = "No, wrong.") -> list[Json]:
