@@ -40,6 +40,8 @@ _CALLING, _OF_CODE = "Calling tools:\n", "python_interpreter"
 this name."""
 _PLACEHOLDERS = (b"(nocontent)",)
 """What agents send in place of an empty text, without white space."""
+_PIECE = re.compile(r"[\x00-\x7f]?[^\x00-\x7f]{1,256}")
+"""What is composed at once: the time grows with the square of the marks on one letter."""
 _THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_text")
 
 
@@ -125,8 +127,12 @@ def without_space(text: str) -> bytes:
     if text.isascii():  # much faster, and the same
         return text.encode().translate(None, _SPACE)
     # A mark before a text goes, and half a character, of which agents keep a mark, was "?" before.
-    text = unicodedata.normalize("NFC", text).replace("\ufeff", "").replace("\ufffd", "?")
+    text = _PIECE.sub(_composed, text).replace("\ufeff", "").replace("\ufffd", "?")
     return "".join(text.split()).encode(errors="surrogatepass")
+
+
+def _composed(piece: re.Match[str]) -> str:
+    return unicodedata.normalize("NFC", piece[0])
 
 
 def _digest(text: bytes) -> bytes:

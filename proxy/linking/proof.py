@@ -50,14 +50,13 @@ def is_answer_to(sessions: Sessions, row: Candidate, messages: Sequence[Message]
     shared = frozenset(one.hash for one in asked)
     kept = _texts(sessions, [one for one in row.message_hashes if one not in shared])
     needed = [one for one in changed if one is asked[-1] or one.role == "user"]
+    words = [(_text(one), one is asked[-1]) for one in needed]
     # Each search goes on where the one before it ended: both are in order, and read once.
     return all(
         any(
-            _one_in_other(one.text, text)
-            or (one is not asked[-1] and _but_for_clock(one.text, text))
-            for text in kept
+            _one_in_other(own, text) or (not is_last and _but_for_clock(own, text)) for text in kept
         )
-        for one in needed
+        for own, is_last in words
     )
 
 
@@ -77,7 +76,7 @@ def is_rest_of(sessions: Sessions, row: Candidate, messages: Sequence[Message], 
         if message.hash in near:
             at = len(near) - 1 - near[::-1].index(message.hash)
         elif not same and any(
-            _one_in_other(message.text, one) for one in _texts(sessions, rest[-1:])
+            _one_in_other(_text(message), one) for one in _texts(sessions, rest[-1:])
         ):
             at = len(near) - 1
         else:
@@ -99,6 +98,11 @@ def _all_people_said(sessions: Sessions, row: Candidate, messages: Sequence[Mess
     return len(others) <= _MOST_READ and not any(
         sessions.message(one).get("role") == "user" for one in others
     )
+
+
+def _text(message: Message) -> bytes:
+    """A request's text in the form of the stored ones."""
+    return without_space(message.text.decode(errors="replace"))
 
 
 def _texts(sessions: Sessions, hashes: Sequence[bytes]) -> Iterator[bytes]:

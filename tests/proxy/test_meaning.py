@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -197,3 +199,24 @@ def test_json_that_was_cut_anywhere_is_closed_and_whole_json_stays(
 @pytest.mark.parametrize("text", ["", "rm -r", '"a"', "*** Begin Patch\n[", "{]", "[}", "1"])
 def test_what_is_no_object_and_no_list_is_not_repaired(text: str) -> None:
     assert repaired(text) is None
+
+
+@pytest.mark.parametrize("letter", ["e\u0301", "각", "か\u3099"])
+def test_letters_in_one_form_mean_the_same_in_texts_of_any_length(letter: str) -> None:
+    text = f"{letter * 5}, no. " * 2000
+    forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
+    assert len({meaning_of({"role": "assistant", "content": form}) for form in forms}) == 1
+
+
+def test_the_time_for_marks_on_one_letter_grows_no_faster_than_their_number() -> None:
+    def seconds(count: int) -> float:
+        message = {"role": "assistant", "content": "a" + "\u0301\u0327" * count}
+        taken: list[float] = []
+        for _ in range(5):
+            started = time.thread_time()
+            meaning_of(message)
+            taken.append(time.thread_time() - started)
+        return min(taken)
+
+    # Eight times the text: 64 times as long if it were quadratic.
+    assert seconds(16_000) < 32 * seconds(2_000) + 0.005

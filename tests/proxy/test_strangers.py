@@ -294,6 +294,9 @@ def test_a_long_canned_reply_alone_is_no_proof(
         ("Book a table.", "[10:00] Book a table."),
         ("Book a table.\n\n<context>\nIt rains.\n</context>", "Book a table."),
         ("Book  a\ntable.\n\nRuntime: host", "Book a table."),
+        ("It rains.\n\nEst-ce libre\u00a0?", "Est-ce libre\u00a0?"),
+        ("部屋\u3000を予約。\n\nRuntime: host", "部屋\u3000を予約。"),
+        ("It rains.\n\nRe\u0301serve une table.", "Re\u0301serve une table."),
         (
             "Answer from this.\n<query>Is a table free at ten?</query>\nBe brief.",
             "Is a table free at ten?",
