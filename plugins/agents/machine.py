@@ -280,7 +280,7 @@ def _is_repr(text: str) -> bool:
         return False
     try:
         return isinstance(ast.literal_eval(text), dict)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return False
 
 
