@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import NamedTuple
 
@@ -97,7 +98,7 @@ def newest_sessions(
     most: int = LOOKED_THROUGH,
     before: int | None = None,
 ) -> NewestSessions:
-    """Up to `limit` sessions of the chosen turns whose newest turn is before `before`, if given.
+    """Up to `limit` sessions whose newest chosen turn is before `before`, if given.
 
     About `most` turns are looked through; with a `limit` of 0 all of them.
     """
@@ -110,7 +111,8 @@ def newest_sessions(
             if name in found:
                 continue
             one = found[name] = store.lookup.session(name, choice.lineages)
-            if one is not None and before is not None and one.last_seq >= before:
+            newer = before is not None and one is not None and one.last_seq >= before
+            if newer and _newest_seq(store, choice, name, before) is not None:
                 found[name] = None  # it stood on a page before
             count += found[name] is not None
             if limit and count == limit:
@@ -120,13 +122,23 @@ def newest_sessions(
             return NewestSessions(_shown(found), at)
 
 
-def end_of(store: Store, session: str, settings: Settings) -> int:
-    """The position of a session's newest turn. Raises NoTurnError."""
+def end_of(store: Store, choice: Choice, session: str, settings: Settings) -> int:
+    """The position of a session's newest chosen turn. Raises NoTurnError."""
     for name in names_of(session, settings):
-        found = store.lookup.session(name)
+        found = _newest_seq(store, choice, name)
         if found is not None:
-            return found.last_seq
+            return found
     raise NoTurnError(f"--before {session!r:.80}: there is no such session; see its first column")
+
+
+def _newest_seq(store: Store, choice: Choice, session: str, until: int | None = None) -> int | None:
+    """The position of a session's newest chosen turn, of those from `until` on if given."""
+    only, at = replace(choice, sessions=(session,)), None
+    while True:
+        page = store.lookup.session_names(only, at, until)
+        if session in page.names or page.next is None:
+            return page.names.get(session)
+        at = page.next
 
 
 def _shown(found: Mapping[str, SessionSummary | None]) -> list[SessionSummary]:

@@ -114,13 +114,33 @@ def test_sessions_come_in_pages_and_by_what_does_not_train(
 
     assert names() == [f"s{number}" for number in range(5, 25)]
     assert main(["sessions", "--config", str(config)]) == 0
-    assert "these are the newest 20; older ones: --before s5" in capsys.readouterr().err
+    assert "these are 20; older ones: --before s5" in capsys.readouterr().err
     assert names("--before", "s5") == ["s0", "s1", "s2", "s3", "s4"]
     assert names("--before", "s5", "--limit", "2") == ["s3", "s4"]
     assert names("--untrained") == ["s3"]
     assert len(run(capsys, config, "sessions", "--json")) == 25
     assert main(["sessions", "--before", "nobody", "--config", str(config)]) == 2
     assert "--before 'nobody': there is no such session" in capsys.readouterr().err
+
+
+def test_pages_of_some_sessions_show_each_once_where_others_of_their_turns_are_newer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(StoreConfig(dir=str(tmp_path / "state")))
+    side, main_turn = TurnKind.SIDE, TurnKind.MAIN
+    for number, (name, kind) in enumerate(
+        [("a", side), ("b", side), ("c", side), ("a", main_turn), ("c", side), ("b", main_turn)]
+    ):
+        add(store, turn(number, session=name, kind=kind))
+    store.close()
+    config = tmp_path / "nextstate.toml"
+    config.write_text(f'[store]\ndir = "{tmp_path}/state"\n')
+    shown: list[str] = []
+    while len(shown) < 3:
+        page = ["--untrained", "--limit", "1", *(["--before", shown[-1]] if shown else [])]
+        [line] = run(capsys, config, "sessions", *page)[1:]
+        shown.append(line.split()[0])
+    assert shown == ["c", "b", "a"]
 
 
 def test_a_list_of_sessions_costs_the_same_in_a_large_store(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     choice = Choice(lineages=lineages, since=since, untrained=args.untrained)
     limit = args.limit if args.limit is not None else 0 if args.json else _SHOWN
     store = Store(settings.store)
-    before = None if args.before is None else finding.end_of(store, args.before, settings)
+    before = None if args.before is None else finding.end_of(store, choice, args.before, settings)
     sessions = finding.newest_sessions(store, choice, limit, before=before).sessions
     if not sessions and args.lineage not in (None, *settings.all_lineages):
         known = ", ".join(settings.all_lineages)
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     elif sessions:
         print(session_table(sessions))
         if limit and len(sessions) == limit:
-            note = f"nextstate: these are the newest {limit}; older ones: --before "
+            note = f"nextstate: these are {limit}; older ones: --before "
             print(note + fitted(sessions[0].name, 200), file=sys.stderr)
     else:
         print("nextstate: no session was found", file=sys.stderr)
