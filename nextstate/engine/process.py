@@ -33,6 +33,8 @@ _LORA_RANKS = (16, 32, 64, 128, 256, 320, 512)
 _BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
 """What vLLM asks for and a model of text does not need."""
 _NUMA = "libnuma.so.1"
+_COMPILES_NOT = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
+"""With one of these at 1 torch compiles nothing."""
 _OWN_VARIABLES = "VLLM_"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _GPU_SHARE = 0.92
@@ -282,14 +284,15 @@ def check_system(config: EngineConfig) -> None:
             "`apt install libnuma1` (Debian, Ubuntu) or `dnf install numactl-libs` (Fedora)"
         ) from error
     env = {**os.environ, **config.env}
-    compiles = "--enforce-eager" not in config.args and env.get("TORCHDYNAMO_DISABLE") != "1"
+    # --enforce-eager is not enough: the sampler's count of log-probs is compiled also then.
+    compiles = not any(env.get(name) == "1" for name in _COMPILES_NOT)
     compiler = env.get("CXX", "g++")
     if compiles and shutil.which(compiler, path=env.get("PATH")) is None:
         raise StartError(
             f"vLLM compiles for this CPU with the compiler {compiler}, which is not on PATH: "
             "`apt install g++` (Debian, Ubuntu) or `dnf install gcc-c++` (Fedora), name another "
             'one with env = { CXX = "…" } in [engine], or do without it, slower, by '
-            '"--enforce-eager" in [engine] args'
+            'env = { TORCHDYNAMO_DISABLE = "1" } there'
         )
 
 

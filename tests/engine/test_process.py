@@ -194,7 +194,8 @@ def test_without_libnuma_the_package_to_install_is_named(monkeypatch: pytest.Mon
         (EngineConfig(model="m"), "g++"),
         (EngineConfig(model="m", env={"CXX": "clang++"}), "clang++"),
         (EngineConfig(model="m", env={"TORCHDYNAMO_DISABLE": "1"}), ""),
-        (EngineConfig(model="m", args=("--enforce-eager",)), ""),
+        (EngineConfig(model="m", env={"TORCH_COMPILE_DISABLE": "1"}), ""),
+        (EngineConfig(model="m", args=("--enforce-eager",)), "g++"),
     ],
 )
 def test_without_a_compiler_for_what_vllm_compiles_on_a_cpu_it_is_named(
@@ -205,6 +206,7 @@ def test_without_a_compiler_for_what_vllm_compiles_on_a_cpu_it_is_named(
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE", raising=False)
     missing = pytest.raises(StartError, match=rf"compiler {re.escape(needed)}, .*`apt install g")
     with missing if needed else nullcontext():
         check_system(config)
