@@ -146,7 +146,7 @@ def test_parts_run_on_ray_come_back_and_end_with_the_command(tmp_path: Path) -> 
             actor = actor_of(parts["proxy"])
             assert actor is not None
             for victim in (parts["proxy"], actor):
-                print(f"back after {up.back('proxy', victim):.1f} s")  # docs/results/ray.md
+                print(f"back after {up.back('proxy', victim):.1f} s")  # benchmarks/results/ray.md
             up.until(up.answers)
             states = json.loads((up.state / "children.json").read_text())["children"]
             assert {*states} == {*parts}

@@ -413,7 +413,7 @@ def test_the_first_turn_after_a_start_survives_the_proxy(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("database", "number"),
-    [("sqlite", signal.SIGINT), ("postgresql", signal.SIGTERM)],
+    [("sqlite", signal.SIGTERM), ("postgresql", signal.SIGINT)],
     indirect=["database"],
 )
 def test_a_proxy_that_gets_a_signal_stores_late_turns_before_it_ends(

@@ -221,7 +221,10 @@ def test_a_killed_worker_is_restarted_and_the_others_serve_meanwhile(
                 assert connection.pid == theirs[0].pid
                 assert (await connection.chat([said("still there?")]))[0] == 200
             proxy.process.send_signal(signal.SIGCONT)
-            await within(proxy.all_listen)
+            async with asyncio.timeout(60):
+                while not proxy.all_listen():  # whoever listens answers
+                    async with proxy.connected() as connection:
+                        assert (await connection.chat([said("and now?")]))[0] == 200
             gate.set()
             assert (await held.read()).endswith(b"data: [DONE]\n\n")
             assert victim not in proxy.listening()
