@@ -7,6 +7,7 @@ learner never generates with vLLM.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ __all__ = ["EPSILON", "EPSILON_HIGH", "GRPOTrainer", "grpo_config", "use_adapter
 
 EPSILON, EPSILON_HIGH = 0.2, 0.28
 """Clip of the importance ratio: it counts between 1 - EPSILON and 1 + EPSILON_HIGH."""
+_MOST_NORM = 1.0
+"""A longer gradient is shortened to this norm."""
 
 
 def grpo_config(config: LearnerConfig, model: PreTrainedModel, work_dir: Path) -> GRPOConfig:
@@ -35,6 +38,7 @@ def grpo_config(config: LearnerConfig, model: PreTrainedModel, work_dir: Path) -
     The loss is a mean over each completion's tokens, then over completions.
     """
     on_cpu = model.device.type == "cpu"
+    count = sum(weight.numel() for weight in model.parameters())
     arguments = GRPOConfig(
         output_dir=str(work_dir),
         loss_type="grpo",
@@ -52,7 +56,10 @@ def grpo_config(config: LearnerConfig, model: PreTrainedModel, work_dir: Path) -
         weight_decay=0.0 if config.trains_all else 0.1,
         adam_beta1=config.adam_beta1,
         adam_beta2=0.98,
-        max_grad_norm=1.0,
+        # Of all weights most gradients are noise, and AdamW moves each weight equally far. One
+        # below the root mean square of a gradient with the largest norm is moved by less.
+        adam_epsilon=_MOST_NORM / math.sqrt(count) if config.trains_all else 1e-8,
+        max_grad_norm=_MOST_NORM,
         optim="adamw_torch",
         per_device_train_batch_size=2,
         num_generations=2,

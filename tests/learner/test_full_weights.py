@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import stat
 from collections import namedtuple
@@ -96,6 +97,28 @@ def test_an_update_moves_all_weights_by_no_more_than_its_bound(
     assert all(not torch.equal(after[name], before[name]) for name in before)
     assert reply_logprob(trainer.policy, GOOD) > reply_logprob(load_float64(model_path), GOOD)
     assert 0 < trainer.weights.change() < 1
+
+
+def test_a_weight_with_a_small_gradient_moves_less_than_one_with_an_ordinary_one(
+    trainer: PolicyTrainer,
+) -> None:
+    """The gradient has norm 1: one weight g = 0.8, one 0.001, all others the rest in equal parts.
+
+    AdamW's first step is rate * g / (g + epsilon). With n weights epsilon is 1 / sqrt(n), and the
+    others have 0.6 of that: they move by 0.6 / 1.6 of the rate.
+    """
+    weights = list(trainer.policy.parameters())
+    count = sum(weight.numel() for weight in weights)
+    rest = math.sqrt((1 - 0.8**2 - 0.001**2) / (count - 2))
+    for weight in weights:
+        weight.grad = torch.full_like(weight, rest)
+    of_first, first = weights[0].grad.view(-1), weights[0].detach().view(-1)
+    of_first[:2] = torch.tensor([0.8, 0.001])
+    before, trainer.rate = first[:3].clone(), 0.01
+    assert trainer.optimizer_step() == pytest.approx(1.0, abs=1e-4)
+    moved = (before - first[:3]).tolist()
+    expected = [0.01 * g / (g + count**-0.5) for g in (0.8, 0.001, rest)]
+    assert moved == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_base_is_read_as_it_was_and_the_policy_stays(
