@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
+import os
 import signal
+import socket
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
@@ -17,7 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from nextstate.app.settings import Settings
+    from nextstate.store import Store
     from rollout.attempt import Attempt
+    from rollout.exam import Exams
+    from rollout.proxy import ProxyClient
+    from rollout.runner import Plan
+    from rollout.tasks import Task
 
 _EPILOG = """\
 A task is a line of JSON: {"id", "split"?, …}, with the fields of its environment. For terminal:
@@ -37,6 +45,8 @@ examples:
   nextstate rollout command --tasks agent.jsonl --sampling '{"temperature": 1, "seed": null}'
   nextstate rollout openenv --tasks 'http://127.0.0.1:8000?action=message&show=text'
 """
+_STOP_S = 5.0
+"""How long a run that is stopped still waits for the store."""
 _STOPPED = 128 + signal.SIGTERM
 
 
@@ -131,6 +141,7 @@ async def _play(
     from nextstate.hooks import EnvironmentKind, load_plugin
     from nextstate.pace import Pace
     from nextstate.store import Store
+    from nextstate.store.waiting import Patience
     from rollout import runner
     from rollout.config import MOST_PARALLEL, environment_name
     from rollout.pictures import Pictures
@@ -177,13 +188,51 @@ async def _play(
         pace = Pace(settings.rollout.share, proxy.people)
         tell = partial(_tell_json if args.json else _tell, out)
         # Agents run beneath this process: it gets no key to what people said.
-        (await asyncio.to_thread(Store, settings.store, with_key=False)).close()
+        patience = Patience(math.inf)
+        store = await asyncio.to_thread(Store, settings.store, patience=patience, with_key=False)
+        exams = _exams(args, settings, plan, read, proxy, store)
         pictures = Pictures(settings.store.path / "pictures")
         bounds = args.max_calls, args.deadline
         nodes = nodes_for(settings, ray, args.environment, *bounds, proxy) if ray else None
-        with _alone(settings, args.name):
-            given = plan, tasks * args.epochs, kind, proxy, tell
-            return await runner.run(*given, pictures, nodes, pace)
+        try:
+            with _alone(settings, args.name):
+                given = plan, tasks * args.epochs, kind, proxy, tell
+                return await runner.run(*given, pictures, nodes, pace, exams)
+        finally:
+            patience.end(_STOP_S)
+            store.close()
+
+
+def _exams(
+    args: argparse.Namespace,
+    settings: Settings,
+    plan: Plan,
+    read: list[Task],
+    proxy: ProxyClient,
+    store: Store,
+) -> Exams | None:
+    """The exams that the run holds; None for one that trains nothing, or whose versions take none.
+
+    A version that is a whole model is served by an engine of its own only once it serves.
+    """
+    from nextstate.records import MAIN_LINEAGE
+    from rollout.exam import Exams, Given
+    from rollout.sources import TaskFile
+
+    if args.eval or settings.learner.trains_all:
+        return None
+    process = f", process {os.getpid()} on {socket.gethostname()}"
+    source = TaskFile(args.tasks, read)
+    limits = {name: getattr(plan, name) for name in ("max_calls", "max_tokens", "sampling")}
+    given = Given(
+        lineage=args.lineage or MAIN_LINEAGE,
+        holder="nextstate rollout" + (f" --run {args.name}" if args.name else process),
+        environment=plan.environment,
+        tasks=partial(source.held_out, settings.rollout.exam_tasks),
+        limits={name: value for name, value in limits.items() if value is not None},
+        deadline_s=plan.deadline_s,
+    )
+    return Exams(given, proxy, store)
 
 
 def _object(text: str) -> dict[str, Any]:
