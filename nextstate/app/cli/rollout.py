@@ -118,19 +118,22 @@ def _run(args: argparse.Namespace, settings: Settings, ray: Any, out: TextIO) ->
         return 0
     began = time.monotonic()
     try:
-        attempts = asyncio.run(_play(args, settings, ray, out))
+        attempts, in_exams = asyncio.run(_play(args, settings, ray, out))
     except asyncio.CancelledError:
         return _STOPPED
     if not args.json:
         from rollout.runner import summary
 
         print(summary(attempts, time.monotonic() - began), file=out)
+        if in_exams:
+            print(f"{in_exams} more in the exams of candidates: see `nextstate status`", file=out)
     return 0
 
 
 async def _play(
     args: argparse.Namespace, settings: Settings, ray: Any, out: TextIO
-) -> Sequence[Attempt]:
+) -> tuple[Sequence[Attempt], int]:
+    """The episodes that were played, and how many more there were in exams."""
     import aiohttp
 
     from nextstate.app.own_key import proxy_key
@@ -190,20 +193,21 @@ async def _play(
         # Agents run beneath this process: it gets no key to what people said.
         patience = Patience(math.inf)
         store = await asyncio.to_thread(Store, settings.store, patience=patience, with_key=False)
-        exams = _exams(args, settings, plan, read, proxy, store)
+        exams = exams_of(args, settings, plan, read, proxy, store)
         pictures = Pictures(settings.store.path / "pictures")
         bounds = args.max_calls, args.deadline
         nodes = nodes_for(settings, ray, args.environment, *bounds, proxy) if ray else None
         try:
             with _alone(settings, args.name):
                 given = plan, tasks * args.epochs, kind, proxy, tell
-                return await runner.run(*given, pictures, nodes, pace, exams)
+                played = await runner.run(*given, pictures, nodes, pace, exams)
+                return played, exams.played if exams else 0
         finally:
             patience.end(_STOP_S)
             store.close()
 
 
-def _exams(
+def exams_of(
     args: argparse.Namespace,
     settings: Settings,
     plan: Plan,
