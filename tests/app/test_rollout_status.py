@@ -11,7 +11,7 @@ import pytest
 
 from judge.groups import settle_over
 from nextstate.app.cli import main
-from nextstate.app.exam_views import exam_text
+from nextstate.app.exam_views import NO_HOLDER, exam_text
 from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
 from nextstate.episodes import Episode, EpisodeStatus, Split
@@ -94,7 +94,7 @@ def test_status_tells_who_holds_exams_and_where_nobody_does(
     assert told() == {}
     store.episodes.open([Episode("e-1", "other", "shell", "t")], None)
     store.episodes.close("e-1", EpisodeStatus.DONE, 1.0, None)
-    settle_over(store)
+    assert settle_over(store, 0.0) == 1
     assert told() == {"other": NO_HOLDER}
     store.examiners.hold("other", "nextstate rollout --run night")
     assert told() == {"other": "nextstate rollout --run night holds them"}

@@ -17,7 +17,7 @@ from tests.proxy.environment import Environment, refusal
 from tests.proxy.running_proxy import Running, add_version, both, serve
 from tests.scripted_engine import MODEL, Script, ScriptedEngine
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "environments.md"
+DOCS = Path(__file__).parents[2] / "docs"
 NONE = {"lineage": "main", "candidate": None, "parent": None, "planned": 0, "tasks": 0} | {
     "solved": 0, "gained": 0, "lost": 0,
 }  # fmt: skip
@@ -121,7 +121,10 @@ def test_nobody_holds_the_exams_of_a_lineage_that_the_key_does_not_see(
 def test_the_program_of_the_document_plays_an_exam_and_plays_nothing_twice(
     store: Store, tmp_path: Path
 ) -> None:
-    first, second, *_ = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text("utf-8"), re.S)
+    first, second = (
+        re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.S)[0]
+        for name in ("environments.md", "exams.md")
+    )
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
         here = (first + second).replace("http://127.0.0.1:8080", p.url).replace("MODEL", MODEL)
