@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from asyncio.subprocess import Process
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestServer
@@ -148,7 +149,7 @@ def test_an_episode_of_an_exam_that_its_node_lost_is_played_again(
 
 
 @asynccontextmanager
-async def command(store: Store, p: Running, tmp_path: Path, *more: str) -> Any:
+async def command(store: Store, p: Running, tmp_path: Path) -> AsyncGenerator[Process]:
     """`nextstate rollout` in a process of its own, on the proxy's store."""
     config, source = tmp_path / "nextstate.toml", tmp_path / "tasks.jsonl"
     config.write_text(
@@ -162,7 +163,6 @@ async def command(store: Store, p: Running, tmp_path: Path, *more: str) -> Any:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "nextstate", "rollout", "tests.rollout.coins:create"),
         *("--config", str(config), "--tasks", str(source), "--run", "night", "--parallel", "2"),
-        *more,
         stdout=subprocess.PIPE,
         cwd=ROOT,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
