@@ -137,7 +137,7 @@ class EpisodeRoutes:
         """
         asked = await self._asked(request, EXAM)
         planned = asked.get("tasks", 0)
-        holder = self._kept(asked.get("holder", "program"))
+        holder = self._kept(asked.get("holder", "unnamed"))
         with _Checked():
             check_label("holder", holder)
             lineage = self._lineage(request, asked)

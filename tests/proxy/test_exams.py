@@ -17,6 +17,7 @@ from tests.proxy.environment import Environment, refusal
 from tests.proxy.running_proxy import Running, add_version, both, serve
 from tests.scripted_engine import MODEL, Script, ScriptedEngine
 
+DATABASES = True
 DOCS = Path(__file__).parents[2] / "docs"
 NONE = {"lineage": "main", "candidate": None, "parent": None, "planned": 0, "tasks": 0} | {
     "solved": 0, "gained": 0, "lost": 0,
@@ -43,7 +44,7 @@ def test_episodes_pinned_to_the_candidate_and_its_parent_are_its_exam(
         environment, examining = Environment(p), Examining(store, "main", configured=False)
         assert await environment.ask("POST", "exams", {"tasks": 2}) == NONE
         candidate = add_version(store, tmp_path, 1)
-        assert "`program program` has not begun it" in (examining.waits(candidate) or "")
+        assert "`program unnamed` has not begun it" in (examining.waits(candidate) or "")
         exam = await environment.ask("POST", "exams", {"tasks": 2})
         assert exam == {**NONE, "candidate": 1, "parent": 0, "planned": 2}
         await played(environment, "a", 1, 0.0)
@@ -51,7 +52,7 @@ def test_episodes_pinned_to_the_candidate_and_its_parent_are_its_exam(
         await played(environment, "c", 1, 1.0, seed=1)
         assert (await environment.ask("POST", "exams", {"tasks": 2}))["tasks"] == 1
         told = "it solves 0 and its parent 1 of 1 held-out tasks (2 are planned)"
-        assert f"{told}; program program plays it;" in (examining.waits(newest(store)) or "")
+        assert f"{told}; program unnamed plays it;" in (examining.waits(newest(store)) or "")
         await played(environment, "d", 0, 1.0, seed=1)
         exam = await environment.ask("POST", "exams", {"tasks": 2})
         assert (exam["solved"], exam["gained"], exam["lost"]) == (1, 0, 1)

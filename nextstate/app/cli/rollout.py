@@ -61,10 +61,8 @@ def add(subparsers: Any) -> None:
     text = "the tasks: a file of one JSON object a line, the address of an OpenEnv server, or a "
     text += "folder of Harbor tasks; ?FIELD=VALUE after it gives every task a field"
     parser.add_argument("--tasks", metavar="SOURCE", help=text)
-    text = (
-        "play the held-out tasks, which never train, instead of the others (without it, they are "
-    )
-    text += "the exams of candidates)"
+    text = "play the held-out tasks, which never train, instead of the others; without it they "
+    text += "are the exams of candidates"
     parser.add_argument("--eval", action="store_true", help=text)
     numbers = {
         "parallel": (8, "episodes at once"),
