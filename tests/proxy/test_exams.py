@@ -27,7 +27,13 @@ NONE = {"lineage": "main", "candidate": None, "parent": None, "planned": 0, "tas
 async def played(
     environment: Environment, name: str, version: int, outcome: float, **more: Any
 ) -> None:
-    pinned = {"split": "eval", "version": version, "seed": 0, "max_calls": 3, **more}
+    pinned: dict[str, Any] = {
+        "split": "eval",
+        "version": version,
+        "seed": 0,
+        "max_calls": 3,
+        **more,
+    }
     await environment.open(name, **pinned)
     await environment.close(name, outcome=outcome)
 
@@ -90,7 +96,7 @@ def test_one_program_holds_the_exams_until_it_has_said_nothing_for_a_minute(
 ) -> None:
     async def test(_: ScriptedEngine, p: Running) -> None:
         environment = Environment(p)
-        for _ in range(2):
+        for _again in range(2):
             await environment.ask("POST", "exams", {"tasks": 2, "holder": "words"})
         body = {"tasks": 2, "holder": "sums"}
         answer = await environment.ask("POST", "exams", body, 409)
