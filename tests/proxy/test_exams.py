@@ -27,14 +27,8 @@ NONE = {"lineage": "main", "candidate": None, "parent": None, "planned": 0, "tas
 async def played(
     environment: Environment, name: str, version: int, outcome: float, **more: Any
 ) -> None:
-    pinned: dict[str, Any] = {
-        "split": "eval",
-        "version": version,
-        "seed": 0,
-        "max_calls": 3,
-        **more,
-    }
-    await environment.open(name, **pinned)
+    pinned: dict[str, Any] = {"split": "eval", "seed": 0, "max_calls": 3, **more}
+    await environment.open(name, version=version, **pinned)
     await environment.close(name, outcome=outcome)
 
 

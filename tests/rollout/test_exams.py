@@ -32,6 +32,8 @@ from rollout.tasks import Task
 from tests.proxy.running_proxy import Running, add_version, both, running, until
 from tests.rollout.coins import Holding
 from tests.rollout.machine import every_episode
+from tests.rollout.test_nodes import environment as without_ray
+from tests.rollout.test_nodes import needs_ray
 from tests.rollout.test_runner import PLAN, ShownKind, client, ignore, tasks
 from tests.scripted_engine import MODEL, ScriptedEngine, write_weights
 
@@ -149,7 +151,7 @@ def test_an_episode_of_an_exam_that_its_node_lost_is_played_again(
 
 
 @asynccontextmanager
-async def command(store: Store, p: Running, tmp_path: Path) -> AsyncGenerator[Process]:
+async def command(store: Store, p: Running, tmp_path: Path, *more: str) -> AsyncGenerator[Process]:
     """`nextstate rollout` in a process of its own, on the proxy's store."""
     config, source = tmp_path / "nextstate.toml", tmp_path / "tasks.jsonl"
     config.write_text(
@@ -163,9 +165,10 @@ async def command(store: Store, p: Running, tmp_path: Path) -> AsyncGenerator[Pr
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "nextstate", "rollout", "tests.rollout.coins:create"),
         *("--config", str(config), "--tasks", str(source), "--run", "night", "--parallel", "2"),
+        *more,
         stdout=subprocess.PIPE,
         cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        env=without_ray(tmp_path),
     )
     try:
         yield process
@@ -212,6 +215,21 @@ def test_a_command_that_was_killed_in_an_exam_goes_on_with_it_and_plays_nothing_
         assert store.examiners.holder("main") is None
 
     asyncio.run(test())
+
+
+@needs_ray
+@pytest.mark.timeout(900)
+def test_exams_are_played_on_the_nodes_of_ray(store: Store, tmp_path: Path) -> None:
+    async def test(_: ScriptedEngine, p: Running) -> None:
+        add_version(store, tmp_path, 1)
+        async with command(store, p, tmp_path, "--ray", "--json") as process:
+            out, _err = await process.communicate()
+        assert process.returncode == 0
+        assert len(out.splitlines()) == 8  # of the tasks that train
+        assert exam_of(store) == Exam(planned=4, tasks=4, solved=4)
+        assert {one.calls for one in exam_episodes(store)} == {2}
+
+    both(test, store, tmp_path)
 
 
 @pytest.mark.parametrize(
