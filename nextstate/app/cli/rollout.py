@@ -35,6 +35,7 @@ A task is a line of JSON: {"id", "split"?, …}, with the fields of its environm
 examples:
   nextstate rollout                                              what [rollout] says, without end
   nextstate rollout terminal --tasks tasks.jsonl                 four attempts at each task
+  nextstate rollout terminal --tasks 200                         at 200 generated ones
   nextstate rollout terminal --tasks tasks.jsonl --parallel 32 --epochs 10
   nextstate rollout terminal --tasks tasks.jsonl --run night-1   after a kill, the same again
   nextstate rollout terminal --tasks tasks.jsonl --eval          the held-out tasks, once each
@@ -59,7 +60,8 @@ def add(subparsers: Any) -> None:
     text += " (default: what [rollout] says, without end)"
     parser.add_argument("environment", metavar="ENVIRONMENT", nargs="?", help=text)
     text = "the tasks: a file of one JSON object a line, the address of an OpenEnv server, or a "
-    text += "folder of Harbor tasks; ?FIELD=VALUE after it gives every task a field"
+    text += "folder of Harbor tasks; ?FIELD=VALUE after it gives every task a field. A number: so "
+    text += "many that the environment generates"
     parser.add_argument("--tasks", metavar="SOURCE", help=text)
     text = "play the held-out tasks, which never train, instead of the others; without it they "
     text += "are the exams of candidates"
@@ -150,17 +152,20 @@ async def _play(
     from rollout.config import MOST_PARALLEL, environment_name
     from rollout.pictures import Pictures
     from rollout.proxy import ProxyClient
-    from rollout.reading import read_source
+    from rollout.sources import tasks_of
 
     if args.tasks is None:
-        raise ConfigError(f"--tasks is missing: name a file of tasks for {args.environment}")
+        raise ConfigError(
+            f"--tasks is missing: name a file of tasks for {args.environment}, or say how many it "
+            "shall generate"
+        )
     sizes = (args.parallel, args.epochs, args.max_calls, args.deadline)
     if not all(sizes) or 0 in (args.group_size, args.max_tokens) or args.parallel > MOST_PARALLEL:
         raise ConfigError(f"expected numbers of at least 1, and --parallel up to {MOST_PARALLEL}")
     kind: EnvironmentKind = load_plugin("environments", args.environment, None)
     name = environment_name(args.environment)
     split = Split.EVAL if args.eval else Split.TRAIN
-    read = await asyncio.to_thread(read_source, args.tasks, name, kind.check_task)
+    read = await asyncio.to_thread(tasks_of, args.tasks, name, kind)
     tasks = [task for task in read if task.split is split]
     if not tasks:
         raise ConfigError(
