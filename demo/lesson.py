@@ -31,7 +31,7 @@ from demo.progress import serving_version, stored_counts
 from demo.report import record_files
 from nextstate.agreement import proportion_interval
 from nextstate.app.stack import Stack
-from nextstate.episodes import Split, family_of
+from nextstate.episodes import SOLVED, Split, family_of
 from nextstate.errors import StartError
 from nextstate.hooks import (
     Acted,
@@ -45,7 +45,7 @@ from nextstate.hooks import (
 from nextstate.records import Json
 from rollout.attempt import Attempt
 from rollout.proxy import ProxyClient
-from rollout.runner import SOLVED, Plan, run
+from rollout.runner import Plan, run
 from rollout.tasks import Task
 
 MEASURE_EVERY = 6

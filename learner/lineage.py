@@ -153,8 +153,8 @@ class Lineage:
             return
         if checkpoint and checkpoint.version.number == start.number:
             self._shared.of(self.name).restore_training(checkpoint.training)
-        if waits and self._examining is None:
-            self._bring_into_service(newest)
+        if waits:
+            self._waits_for_exam()
 
     def release(self) -> Checkpoint | None:
         """Settles the samples that were trained and makes every other leased one ready again."""
@@ -228,8 +228,7 @@ class Lineage:
             return True
         self._keep(version, batch)
         tracing("learner").updated(version, batch.turns, started_ns)
-        if self._examining is None:
-            self._bring_into_service(version)
+        self._waits_for_exam()
         watched = self._config.watch
         prune(self._store, self.name, self._current, watched, self._config.keep_versions)
         return True
@@ -309,20 +308,21 @@ class Lineage:
         self._withdraw(replace(serving, parent=parent), reason, decisions)
 
     def _waits_for_exam(self) -> bool:
-        """True while the newest version takes its exam; after it, it serves or is rejected."""
-        if self._examining is None:
-            return False
+        """True while the newest version takes its exam; without one or after it, it is decided.
+
+        Then it serves or is rejected.
+        """
         newest = self._store.versions.newest(self.name, MANY_REJECTIONS)
         if not newest:
             return False
         *before, candidate = newest
         if candidate.state is not VersionState.CANDIDATE:
             return False
-        waits = self._examining.waits(candidate)
+        waits = self._examining and self._examining.waits(candidate)
         self.report(waits or self._pause)
         if waits is not None:
             return True
-        reason = self._examining.objection(candidate)
+        reason = self._examining and self._examining.objection(candidate)
         if reason is None:
             self._bring_into_service(candidate)
             return False

@@ -63,8 +63,9 @@ def run(
     """Trains the lineages in turn, over one base, until `stop` is set.
 
     `live_requests` asks the engine; `schedule = "idle"` needs it. `engine_dtype` is the precision
-    in which the engine computes, if known; `auto` is half precision. The candidates of the
-    `examined` lineages take exams before they serve. The waits are `Lineage`'s.
+    in which the engine computes, if known; `auto` is half precision. `[rollout]` holds the
+    exams of the `examined` lineages; candidates of others take exams while somebody else holds
+    theirs, but versions that are whole models take none. The waits are `Lineage`'s.
     Raises StartError for a model that cannot be loaded, a batch that does not fit into memory or a
     lineage that another process trains, and LearnerError when the last lineage must not go on.
     Leased samples are ready again then.
@@ -98,7 +99,9 @@ def run(
                 publish,
                 writers[name],
                 stop,
-                examining=Examining(store, name) if name in examined else None,
+                examining=None
+                if config.trains_all
+                else Examining(store, name, configured=name in examined),
                 first_wait_s=first_wait_s,
                 full_disk_wait_s=full_disk_wait_s,
             )

@@ -19,6 +19,8 @@ from nextstate.records import Json
 
 MOST_REWARDS = 10_000
 """Of an episode: while they are written, no turn is recorded."""
+SOLVED = 1.0
+"""An outcome of at least this counts as solved, as in judge/advantages.py."""
 FAMILY = 50
 """Outcomes of a task family that the running mean for an episode alone is taken over."""
 MAX_TASK_CHARS = 200_000

@@ -1,12 +1,12 @@
 """A candidate's exam: what it and its parent solve of the same held-out tasks.
 
-The stage `rollout` plays the tasks and keeps the counts among the metrics of the candidate; the
-learner reads them there and decides (`learner/gate.py`).
+A rollout plays the tasks, or a program by the API of episodes, and the counts are kept among the
+metrics of the candidate; the learner reads them there and decides (`learner/gate.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 _PREFIX = "exam/"
@@ -38,6 +38,17 @@ class Exam:
     def metrics(self) -> dict[str, float]:
         """Numbers with `exam/what` names."""
         return {_PREFIX + name: float(value) for name, value in asdict(self).items()}
+
+    @staticmethod
+    def of_pairs(planned: int, pairs: Sequence[tuple[bool, bool]]) -> Exam:
+        """An exam whose tasks the candidate and its parent solved, or not: a pair for each."""
+        return Exam(
+            planned=planned,
+            tasks=len(pairs),
+            solved=sum(solved for solved, _ in pairs),
+            gained=pairs.count((True, False)),
+            lost=pairs.count((False, True)),
+        )
 
     @property
     def is_over(self) -> bool:

@@ -35,7 +35,7 @@ from proxy.intervals import INTERVALS, Intervals
 from proxy.keys import ANYBODY, GRANT, Grant, Keys, sent_key
 from proxy.lineages import CALLER, Lineages
 from proxy.metrics import EXPOSITION, counts_of, exposition
-from proxy.paths import EPISODES, GENERATING, GROUPS, is_ours
+from proxy.paths import EPISODES, EXAMS, GENERATING, GROUPS, is_ours
 from proxy.recorder import Recorder
 from proxy.relay import Relay
 from proxy.scopes import needed
@@ -124,6 +124,7 @@ class Proxy:
         self._own_routes: dict[str, dict[str, Handler]] = {
             EPISODES: {"POST": self.episodes.open},
             GROUPS: {"POST": self.episodes.open_group},
+            EXAMS: {"POST": self.episodes.hold_exams},
             "/healthz": {"GET": self._healthz, "HEAD": self._healthz},
             "/metrics": {"GET": self._metrics, "HEAD": self._metrics},
             "/health": {"GET": self._health, "HEAD": self._health},

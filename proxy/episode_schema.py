@@ -20,11 +20,12 @@ from nextstate.episodes import (
     Split,
 )
 from nextstate.records import Json
-from proxy.paths import EPISODES, GROUPS
+from proxy.paths import EPISODES, EXAMS, GROUPS
 
 DESCRIPTION = "openapi.json"
 """The last part of the description's own path. No episode has this name."""
 MOST_IN_GROUP, MOST_METADATA_BYTES, MOST_OBSERVATION = 1024, 64 << 10, 1 << 20
+MOST_EXAM_TASKS = 1000
 KINDS: Mapping[str, type | tuple[type, ...]] = {
     "text": str,
     "whole number": int,
@@ -105,6 +106,15 @@ CLOSE: Mapping[str, Field] = {
         {"maxLength": MOST_OBSERVATION},
     ),
 }
+EXAM: Mapping[str, Field] = {
+    "tasks": Field(
+        "whole number",
+        "How many held-out tasks an exam has.",
+        {"minimum": 1, "maximum": MOST_EXAM_TASKS},
+    ),
+    "lineage": OPEN["lineage"]._replace(means="Whose candidates; by default your key's lineage."),
+    "holder": Field("text", "Tells you from others who might hold them.", _LABEL),
+}
 _NEEDED = {"environment", "task"}
 _ERRORS = {
     "400": "A wrong body; the type EpisodeBudgetError for a call over the episode's budget.",
@@ -127,6 +137,9 @@ def openapi() -> Json:
         "paths": {
             EPISODES: {"post": _operation("Opens an episode.", "Open", "Opened")},
             GROUPS: {"post": _operation("Opens a group, or nothing.", "OpenGroup", "Group")},
+            EXAMS: {
+                "post": _operation("Holds exams for a minute; the one that is due.", "Hold", "Exam")
+            },
             f"{EPISODES}/{{episode}}": {
                 "parameters": one,
                 "get": _operation("An episode with its rewards and turns.", None, "Episode"),
@@ -162,6 +175,7 @@ def _schemas() -> Json:
     }
     kept = {name: _known(field) for name, field in OPEN.items() if name != "group_size"}
     number, text = {"type": ["number", "null"]}, {"type": ["string", "null"]}
+    version: Json = {"type": ["integer", "null"]}
     count, texts = {"type": "integer"}, {"type": "array", "items": {"type": "string"}}
     reward = {"episode": {"type": "string"}, **{n: _known(f) for n, f in REWARD.items()}}
     episode: Json = {
@@ -178,6 +192,14 @@ def _schemas() -> Json:
         **{"node_id": {"type": "string"}, "prompt_token_ids": ids, "completion_token_ids": ids},
         **{"per_token_logps": logps, "loss_mask": ids, "metadata": {"type": "object"}},
     }
+    exam: Json = {
+        "lineage": {"type": "string"},
+        "candidate": {**version, "description": "It waits for its exam; null: none does."},
+        "parent": {**version, "description": "What it is compared with."},
+        "planned": count,
+        "tasks": {**count, "description": "That both have played."},
+        **dict.fromkeys(("solved", "gained", "lost"), count),
+    }
     error: Json = {
         **{"message": {"type": "string"}, "type": {"type": "string"}},
         **{"param": {"type": "null"}, "code": count},
@@ -192,9 +214,11 @@ def _schemas() -> Json:
             "items": _body(REWARD, {"kind", "value"}),
         },
         "Close": _body(CLOSE, {"status"}),
+        "Hold": _body(EXAM, {"tasks"}),
         "Opened": _object(opened),
         "Group": _object({"group": {"type": "string"}, "episodes": of_group}),
         "Episode": _object(episode),
+        "Exam": _object(exam),
         "Trace": _object(trace),
         "Error": _object({"error": _object(error)}),
     }

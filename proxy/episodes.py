@@ -1,4 +1,7 @@
-"""`/v1/episodes` and `/v1/groups`: environments open episodes, reward them, close and read them."""
+"""`/v1/episodes` and its like: environments open episodes, reward them, close and read them.
+
+`/v1/groups` opens several at once, and `/v1/exams` is for who examines candidates by episodes.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,17 @@ from nextstate.episodes import (
     RewardKind,
     Split,
     check_finite,
+    check_label,
     is_label,
 )
 from nextstate.errors import NoEpisodeError, RecordError
-from nextstate.records import Json, new_id
+from nextstate.exams import Exam
+from nextstate.records import Json, VersionState, new_id
 from nextstate.redaction import NOTHING, Redactor
 from nextstate.store import Store
 from nextstate.store.episode_rows import Shown
 from nextstate.store.episodes import Named
+from nextstate.store.examiners import HELD_S
 from nextstate.traces import training_trace
 from nextstate.wire import read_json, write_json
 from proxy.answers import Refused
@@ -38,7 +44,9 @@ from proxy.episode_calls import UNRECORDED_EPISODE, EpisodeCalls, in_store
 from proxy.episode_schema import (
     CLOSE,
     DESCRIPTION,
+    EXAM,
     KINDS,
+    MOST_EXAM_TASKS,
     MOST_IN_GROUP,
     MOST_METADATA_BYTES,
     MOST_OBSERVATION,
@@ -122,6 +130,37 @@ class EpisodeRoutes:
         opened = await self._open_all(request, episodes, size)
         return web.json_response({"group": asked["group"], "episodes": opened})
 
+    async def hold_exams(self, request: web.Request) -> web.StreamResponse:
+        """`POST /v1/exams`: holds a lineage's exams, and answers with the one that is due.
+
+        Counts the episodes that have been played in it, for the learner.
+        """
+        asked = await self._asked(request, EXAM)
+        planned = asked.get("tasks", 0)
+        holder = self._kept(asked.get("holder", "unnamed"))
+        with _Checked():
+            check_label("holder", holder)
+            lineage = self._lineage(request, asked)
+            if not 1 <= planned <= MOST_EXAM_TASKS:
+                raise RecordError(f"tasks = {planned!s:.80}: expected 1 to {MOST_EXAM_TASKS}")
+        held_by = await in_store(self._store.examiners.hold, lineage, f"program {holder}")
+        if held_by != f"program {holder}":
+            raise Refused(
+                409,
+                f"{held_by} holds the exams of lineage {lineage!r}: end it, or wait until it has "
+                f"said nothing for {HELD_S:g} s.",
+            )
+        exam, numbers = Exam(), [None, None]
+        for newest in await in_store(self._store.versions.newest, lineage, 1):
+            if newest.state is VersionState.CANDIDATE:
+                exam = await in_store(self._store.examiners.count, newest, planned)
+                numbers = [newest.number, newest.parent or 0]
+                if exam != Exam.of(newest.metrics):
+                    note = self._store.versions.note
+                    await in_store(note, lineage, newest.number, exam.metrics())
+        which = {"lineage": lineage, "candidate": numbers[0], "parent": numbers[1]}
+        return web.json_response({**which, **asdict(exam)})
+
     async def _open_all(
         self, request: web.Request, episodes: Sequence[Episode], size: int | None
     ) -> list[Json]:
@@ -174,11 +213,8 @@ class EpisodeRoutes:
         return self._versions.serves(episode.lineage).number
 
     def _episode(self, request: web.Request, asked: Json, name: str) -> Episode:
-        lineage = asked.get("lineage", request[CALLER])
-        theirs = [n for n in self._lineages.names if self._lineages.sees(request[CALLER], n)]
         with _Checked():
-            if lineage not in theirs:
-                raise RecordError(f"lineage = {lineage!r:.80}: expected {' or '.join(theirs)}")
+            lineage = self._lineage(request, asked)
             for field in ("environment", "task"):
                 if field not in asked:
                     raise RecordError(f"{field} is missing: expected a text")
@@ -199,6 +235,14 @@ class EpisodeRoutes:
                     given[field] = self._redactor.value(given[field])
             values: Json = {**given, "id": name, "lineage": lineage, "split": split}
             return Episode(**values)
+
+    def _lineage(self, request: web.Request, asked: Json) -> str:
+        """The lineage that a body names, or that of the key. Raises RecordError."""
+        lineage = asked.get("lineage", request[CALLER])
+        theirs = [n for n in self._lineages.names if self._lineages.sees(request[CALLER], n)]
+        if lineage not in theirs:
+            raise RecordError(f"lineage = {lineage!r:.80}: expected {' or '.join(theirs)}")
+        return lineage
 
     def _kept(self, label: str) -> str:
         """What is kept of a label that an environment chose. Raises RecordError and Refused."""

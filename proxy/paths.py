@@ -11,8 +11,10 @@ GENERATING = frozenset((CHAT, COMPLETIONS, *DIALECTS))
 MODELS = "/v1/models"
 PROBED = frozenset(("/version", "/load", "/tokenize", "/detokenize", "/tokenizer_info"))
 """The engine's routes outside /v1/ that agents use. Most others administer the engine."""
-EPISODES, GROUPS = "/v1/episodes", "/v1/groups"
-OURS = frozenset(("/v1/feedback", EPISODES, GROUPS, "/healthz", "/metrics", "/health", "/ping"))
+EPISODES, GROUPS, EXAMS = "/v1/episodes", "/v1/groups", "/v1/exams"
+OURS = frozenset(
+    ("/v1/feedback", EPISODES, GROUPS, EXAMS, "/healthz", "/metrics", "/health", "/ping")
+)
 _OF_EPISODE = "/episodes/"
 _KNOWN = GENERATING | PROBED | OURS | {MODELS}
 

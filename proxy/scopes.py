@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nextstate.keys import Scope
-from proxy.paths import EPISODES, GENERATING, GROUPS, MODELS, PROBED, is_ours
+from proxy.paths import EPISODES, EXAMS, GENERATING, GROUPS, MODELS, PROBED, is_ours
 
 _CHAT, _FEEDBACK, _READ = Scope.CHAT, Scope.FEEDBACK, Scope.READ
 _ADMIN, _EPISODES = Scope.ADMIN, Scope.EPISODES
@@ -25,6 +25,7 @@ TABLE: Mapping[str, Mapping[str, Scope | None]] = {
     "/v1/feedback": {ANY: _FEEDBACK},
     EPISODES: {ANY: _EPISODES},
     GROUPS: {ANY: _EPISODES},
+    EXAMS: {ANY: _EPISODES},
     f"{EPISODES}/{{}}": {ANY: _EPISODES},
     f"{EPISODES}/{{}}/trace": {ANY: _EPISODES},
     f"{EPISODES}/{{}}/rewards": {ANY: _EPISODES},

@@ -4,6 +4,8 @@ Each task is one episode of the split `eval`, pinned to its version, with the sa
 What a parent has played as a candidate is not played again. The counts go into the store as they
 grow, where the learner waits for them (`nextstate/exams.py`). The names of the episodes say whose
 exam they are, so a run that was killed goes on where it was; an episode that broke is tried again.
+A lineage's candidates wait for exams while a run says that it holds them, and one run does so at a
+time (`nextstate/store/examiners.py`).
 """
 
 from __future__ import annotations
@@ -13,26 +15,29 @@ import hashlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from nextstate.episodes import EpisodeState, EpisodeStatus, Split
-from nextstate.errors import RefusedError
+from nextstate.episodes import SOLVED, EpisodeState, EpisodeStatus, Split
+from nextstate.errors import RefusedError, StoreError
 from nextstate.exams import MISSED, Exam
-from nextstate.records import PolicyVersion, VersionState
+from nextstate.records import Json, PolicyVersion, VersionState
 from nextstate.store import Store
+from nextstate.store.examiners import HELD_S
 from nextstate.wire import write_json
 from rollout.attempt import Attempt
-from rollout.config import RolloutConfig
 from rollout.proxy import Opened, ProxyClient
-from rollout.runner import SOLVED
-from rollout.sources import Source
 from rollout.tasks import Task
 
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0
 """Seconds between two looks for a candidate."""
+HOLD_S = HELD_S / 4
+"""Seconds after which a run says again that it holds the exams."""
+_LEAVE_S = 5.0
+"""How long a run that ends waits for the store."""
 MOST_TRIES = 3
 """A task whose episodes have failed so often is left out."""
 
@@ -45,16 +50,32 @@ class Place:
     number: int
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a run plays in its exams, and for whom."""
+
+    lineage: str
+    holder: str
+    """The run, as others are told of it; the same after a kill, so that it goes on at once."""
+    environment: str
+    tasks: Callable[[], Sequence[Task]]
+    """The held-out tasks: always the same ones."""
+    limits: Json
+    """The fields of each episode that bound it, as `max_calls`."""
+    deadline_s: float
+    """Of an episode."""
+
+
 class Exams:
     """The exam of the candidate that waits, if one does."""
 
-    def __init__(
-        self, config: RolloutConfig, source: Source, proxy: ProxyClient, store: Store
-    ) -> None:
-        self._config = config
-        self._source = source
+    def __init__(self, given: Given, proxy: ProxyClient, store: Store) -> None:
+        self._given = given
         self._proxy = proxy
         self._store = store
+        self.played = 0
+        """Episodes that have ended."""
+        self._held_by: str | None = None
         self._look_at = 0.0
         self._candidate: PolicyVersion | None = None
         self._tasks: Sequence[Task] = ()
@@ -64,6 +85,18 @@ class Exams:
         self._solved: dict[Place, bool] = {}
         self._tries: Counter[Place] = Counter()
         self._playing: set[Place] = set()
+
+    async def hold_on(self) -> None:
+        """Says again and again that this run holds the exams; it says the opposite at the end."""
+        try:
+            while True:
+                await self._hold()
+                await asyncio.sleep(HOLD_S)
+        finally:
+            leave = self._store.examiners.leave
+            with suppress(StoreError, TimeoutError):  # then it ends by itself
+                async with asyncio.timeout(_LEAVE_S):
+                    await asyncio.to_thread(leave, self._given.lineage, self._given.holder)
 
     async def next(self) -> tuple[Place, Opened, Task] | None:
         """The next episode, opened; None if there is none to play now. Raises RolloutError."""
@@ -88,6 +121,7 @@ class Exams:
     async def ended(self, place: Place, attempt: Attempt) -> None:
         """Notes an outcome; an episode without one is tried again."""
         self._playing.discard(place)
+        self.played += 1
         if self._candidate is None or place.version not in _both(self._candidate):
             return  # it waits no more
         if attempt.outcome is not None:
@@ -96,21 +130,32 @@ class Exams:
             self._todo.append(place)
         await self._note(self._candidate)
 
+    async def _hold(self) -> None:
+        hold = self._store.examiners.hold
+        held_by = await asyncio.to_thread(hold, self._given.lineage, self._given.holder)
+        if held_by not in (self._held_by, self._given.holder):
+            log.warning("%s holds the exams of lineage=%s", held_by, self._given.lineage)
+        self._held_by = held_by
+
     async def _look(self) -> None:
-        lineage = self._config.lineage
-        newest = await asyncio.to_thread(self._store.versions.newest, lineage, 1)
-        waits = [version for version in newest if version.state is VersionState.CANDIDATE]
-        known = self._candidate.number if self._candidate else None
-        if not waits:
+        if self._held_by is None:
+            await self._hold()
+        waits = None
+        if self._held_by == self._given.holder:
+            for newest in await asyncio.to_thread(
+                self._store.versions.newest, self._given.lineage, 1
+            ):
+                waits = newest if newest.state is VersionState.CANDIDATE else None
+        if waits is None:
             self._candidate = None
             self._todo.clear()
-        elif waits[0].number != known:
-            await self._begin(waits[0])
+        elif self._candidate is None or waits.number != self._candidate.number:
+            await self._begin(waits)
 
     async def _begin(self, candidate: PolicyVersion) -> None:
-        tasks = self._source.held_out(self._config.exam_tasks)
-        given = [self._config.name, self._config.max_calls, [[t.id, t.fields] for t in tasks]]
-        self._tasks = tasks
+        self._tasks = tasks = self._given.tasks()
+        limits = self._given.limits
+        given = [self._given.environment, limits, [[t.id, t.fields] for t in tasks]]
         self._key = hashlib.blake2b(write_json(given), digest_size=4).hexdigest()
         self._todo.clear()
         self._solved, self._tries = {}, Counter()
@@ -146,16 +191,16 @@ class Exams:
     async def _open(self, place: Place, task: Task) -> Opened:
         tries = self._tries[place] + 1
         (opened,) = await self._proxy.open_group(
-            environment=self._config.name,
+            **self._given.limits,
+            environment=self._given.environment,
             task=task.id,
             group=self._group(place) + (f"~{tries}" if tries > 1 else ""),
             group_size=1,
             split=Split.EVAL,
             seed=place.number,
             version=place.version,
-            lineage=self._config.lineage,
-            max_calls=self._config.max_calls,
-            deadline_s=self._config.deadline_s,
+            lineage=self._given.lineage,
+            deadline_s=self._given.deadline_s,
         )
         self._tries[place] = tries
         return opened
@@ -166,7 +211,7 @@ class Exams:
         return failed and self._tries[place] >= MOST_TRIES
 
     def _group(self, place: Place) -> str:
-        return f"exam.{self._config.lineage}.{place.version}.{self._key}.{place.number}"
+        return f"exam.{self._given.lineage}.{place.version}.{self._key}.{place.number}"
 
     async def _note(self, candidate: PolicyVersion) -> None:
         """Writes the counts so far into the store."""
@@ -180,13 +225,7 @@ class Exams:
                 pairs.append((found[0], found[1]))
             else:
                 left_out += any(map(self._is_given_up, places))
-        exam = Exam(
-            planned=len(self._tasks) - left_out,
-            tasks=len(pairs),
-            solved=sum(solved for solved, _ in pairs),
-            gained=pairs.count((True, False)),
-            lost=pairs.count((False, True)),
-        )
+        exam = Exam.of_pairs(len(self._tasks) - left_out, pairs)
         note = self._store.versions.note
         await asyncio.to_thread(note, candidate.lineage, candidate.number, exam.metrics())
         if not exam.planned:

@@ -8,10 +8,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nextstate.episodes import SOLVED
 from nextstate.records import Json
 from nextstate.wire import json_object
 from rollout.attempt import Attempt
-from rollout.runner import SOLVED
 
 log = logging.getLogger(__name__)
 

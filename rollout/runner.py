@@ -10,22 +10,20 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from nextstate.agreement import proportion_interval
-from nextstate.episodes import EpisodeState, EpisodeStatus, family_of
+from nextstate.episodes import SOLVED, EpisodeState, EpisodeStatus, family_of
 from nextstate.errors import NextStateError, RefusedError, RolloutError
 from nextstate.hooks import EnvironmentKind
 from nextstate.pace import Pace
 from nextstate.records import Json
 from rollout.attempt import Attempt
 from rollout.config import open_s
+from rollout.exam import Exams
 from rollout.pictures import Pictures
 from rollout.player import Here, Player
 from rollout.proxy import Opened, ProxyClient
 from rollout.tasks import Task
 
 log = logging.getLogger(__name__)
-
-SOLVED = 1.0
-"""An outcome of at least this counts as solved, as in judge/advantages.py."""
 
 MOST_TRIES = 3
 """Episodes for one place of a group."""
@@ -80,11 +78,13 @@ async def run(
     pictures: Pictures | None = None,
     player: Player | None = None,
     pace: Pace | None = None,
+    exams: Exams | None = None,
 ) -> list[Attempt]:
     """Plays every task's group once; `told` gets each episode as it ends, in no order.
 
     `player` says where, by default in this process, and `pace` when the next one may begin. An
-    episode that the player lost is aborted, and another takes its place in the group.
+    episode that the player lost is aborted, and another takes its place in the group. While a
+    candidate waits for one of the `exams`, that goes first; `told` does not get its episodes.
 
     Raises RolloutError if the proxy opens no group, or if so many episodes failed in a row that
     it is not the tasks' fault: two for each place.
@@ -103,23 +103,33 @@ async def run(
             pace.worked(time.monotonic() - began)
         return attempt
 
+    async def play_all_tries(opened: Opened, task: Task, seed: int) -> Attempt:
+        while True:
+            attempt = await play(opened, task, seed)
+            if attempt.status is not EpisodeStatus.ABORTED:
+                return attempt
+            if (another := await _another(plan, opened, task, seed, proxy)) is None:
+                return attempt
+            opened = another
+
     async def work() -> None:
         nonlocal playing
         while True:
             async with taking:
                 while pace is not None and not await pace.allowed(1, playing):
                     await asyncio.sleep(REST_S)
-                found = await anext(queue, None)
-                if found is None:
+                exam = await exams.next() if exams else None
+                found = None if exam else await anext(queue, None)
+                if exam is None and found is None:
                     return
                 playing += 1
-            opened, task, seed = found
             try:
-                attempt = await play(opened, task, seed)
-                while attempt.status is EpisodeStatus.ABORTED and (
-                    opened := await _another(plan, opened, task, seed, proxy)
-                ):
-                    attempt = await play(opened, task, seed)
+                if exams and exam:
+                    place, opened, task = exam
+                    await exams.ended(place, await play(opened, task, place.number))
+                    continue
+                assert found is not None
+                attempt = await play_all_tries(*found)
             finally:
                 playing -= 1
             attempts.append(attempt)
@@ -129,9 +139,11 @@ async def run(
                 raise RolloutError(f"the last {len(last)} episodes failed: {attempt.reason}")
 
     try:
-        async with asyncio.TaskGroup() as workers:
-            for _ in range(plan.parallel):
-                workers.create_task(work())
+        async with asyncio.TaskGroup() as made:
+            holding = made.create_task(exams.hold_on()) if exams else None
+            await asyncio.wait([made.create_task(work()) for _ in range(plan.parallel)])
+            if holding is not None:
+                holding.cancel()
     except* NextStateError as errors:
         raise errors.exceptions[0] from None
     finally:

@@ -14,7 +14,10 @@ from nextstate.episodes import Split
 from nextstate.errors import ConfigError
 from nextstate.hooks import EnvironmentKind, GeneratesTasks
 from rollout.reading import read_source
-from rollout.tasks import Task, task_of
+from rollout.tasks import MOST_TASKS, Task, task_of
+
+_EVAL_OF = 4
+"""One generated task is held out for so many that train."""
 
 
 class Source(Protocol):
@@ -73,6 +76,28 @@ class Generated:
         """Of the split `eval`."""
         made = (self._kind.generate(Split.EVAL, number) for number in range(count))
         return [task_of(fields, self._environment) for fields in made]
+
+
+def tasks_of(source: str, environment: str, kind: EnvironmentKind) -> list[Task]:
+    """The tasks of `--tasks`: those of a source, or as many as it says, which are generated.
+
+    One more is held out for each four that train. Raises ConfigError.
+    """
+    if not source.isdecimal():
+        return read_source(source, environment, kind.check_task)
+    if not isinstance(kind, GeneratesTasks):
+        raise ConfigError(
+            f"--tasks {source:.20}: the environment {environment!r} generates no tasks: name a "
+            f"file with one task a line, or a file of this name as ./{source:.20}"
+        )
+    if len(source) > len(str(MOST_TASKS)) or not 1 <= int(source) <= MOST_TASKS:
+        raise ConfigError(f"--tasks {source:.20}: expected 1 to {MOST_TASKS} generated tasks")
+    many = {Split.TRAIN: int(source), Split.EVAL: -(-int(source) // _EVAL_OF)}
+    return [
+        task_of(kind.generate(split, number), environment)
+        for split, count in many.items()
+        for number in range(count)
+    ]
 
 
 def source_of(file: str, environment: str, kind: EnvironmentKind) -> Source:

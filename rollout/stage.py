@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from nextstate.pace import Pace
 from nextstate.store import Store
 from rollout.attempt import Attempt
 from rollout.config import RolloutConfig
-from rollout.exam import Exams, Place
+from rollout.exam import Exams, Given, Place
 from rollout.pictures import Pictures
 from rollout.player import Here, Player
 from rollout.progress import WRITE_EVERY_S, Progress
@@ -76,6 +77,7 @@ async def run(
         async with asyncio.TaskGroup() as tasks:
             made = [tasks.create_task(stage.work()) for _ in range(config.parallel)]
             made.append(tasks.create_task(_report(stage.progress, folder)))
+            made.append(tasks.create_task(stage.exams.hold_on()))
             await stop.wait()
             for task in made:
                 task.cancel()
@@ -107,7 +109,15 @@ class _Stage:
         self._source = source
         self._proxy = proxy
         self._store = store
-        self._exams = Exams(config, source, proxy, store)
+        given = Given(
+            lineage=config.lineage,
+            holder="nextstate rollout",
+            environment=config.name,
+            tasks=partial(source.held_out, config.exam_tasks),
+            limits={"max_calls": config.max_calls},
+            deadline_s=config.deadline_s,
+        )
+        self.exams = Exams(given, proxy, store)
         self._pace = Pace(config.share, proxy.people)
         self._taking = asyncio.Lock()
         self._training = self._groups()
@@ -131,7 +141,7 @@ class _Stage:
                 self._pace.worked(time.monotonic() - began)
             self.progress.ended(attempt, exam=chosen.place is not None)
             if chosen.place is not None:
-                await self._exams.ended(chosen.place, attempt)
+                await self.exams.ended(chosen.place, attempt)
             elif attempt.status in (EpisodeStatus.FAILED, EpisodeStatus.ABORTED):
                 self._again.append(chosen)
             self._check(attempt)
@@ -150,7 +160,7 @@ class _Stage:
             if not allowed:
                 await asyncio.sleep(REST_S)
                 continue
-            exam = await self._patiently(self._exams.next)
+            exam = await self._patiently(self.exams.next)
             if exam is not None:
                 place, opened, task = exam
                 return Chosen(opened, task, place.number, place)

@@ -11,6 +11,7 @@ from learner.rejections import MANY_REJECTIONS, why_paused
 from nextstate.app.child_states import read_child_states
 from nextstate.app.engine_access import engine_clients
 from nextstate.app.episode_views import settled_text, settled_worth
+from nextstate.app.exam_views import exams
 from nextstate.app.judge_worth import agreement_text, judge_agreement, trained_worth
 from nextstate.app.own_key import proxy_key
 from nextstate.app.retention import read_keep
@@ -19,16 +20,12 @@ from nextstate.app.tls import proxy_connector
 from nextstate.app.waiting import signals, waits
 from nextstate.app.watching import serving_watch, watch_text
 from nextstate.errors import ConfigError, EngineError, StartError, WrongEngineError
-from nextstate.exams import FAILED, MISSED, Exam
 from nextstate.prometheus import metric_sum, metric_values
-from nextstate.records import Json, PolicyVersion
+from nextstate.records import Json
 from nextstate.store import Store
 from nextstate.training_status import read_training_status
 from nextstate.wire import json_object, obj, objects
 from rollout.progress import progress_text, read_progress
-
-_EXAMS_SHOWN = 5
-"""The last exam is looked for among so many of the newest versions."""
 
 
 async def status(settings: Settings) -> Json:
@@ -60,7 +57,7 @@ async def status(settings: Settings) -> Json:
         "kept": str(await asyncio.to_thread(read_keep, settings.store.path)),
         "unrecorded": _unrecorded(settings, await _ask_proxy(settings, "/metrics")),
         "rollout": await asyncio.to_thread(_rollout, settings),
-        "exams": await asyncio.to_thread(_exams, settings, store),
+        "exams": await asyncio.to_thread(exams, settings, store),
         "environments": await asyncio.to_thread(settled_worth, store),
         "trained_judge": await asyncio.to_thread(trained_worth, settings),
         "judge_agreement": judge_agreement(await asyncio.to_thread(store.judging.labels)),
@@ -114,26 +111,6 @@ def pauses(store: Store, lineages: Sequence[str]) -> dict[str, str]:
 def _rollout(settings: Settings) -> Json:
     """What the endless run has done since it began; {} without `[rollout]`, or before it began."""
     return read_progress(settings.store.path / "rollout") if settings.rollout.environment else {}
-
-
-def _exams(settings: Settings, store: Store) -> dict[str, str]:
-    """By lineage whose candidates take exams: what came of the last one."""
-    if not settings.rollout.environment:
-        return {}
-    name = settings.rollout.lineage
-    texts = [exam_text(version) for version in store.versions.newest(name, _EXAMS_SHOWN)]
-    last = next(filter(None, reversed(texts)), None)
-    return {} if last is None else {name: last}
-
-
-def exam_text(version: PolicyVersion) -> str:
-    """What came of a version's exam; "" if it took none."""
-    exam, which = Exam.of(version.metrics), f"version {version.number}"
-    if FAILED in version.metrics:
-        return f"{which} failed: {exam}"
-    if MISSED in version.metrics:
-        return f"{which} serves without its whole exam: {exam}; does `nextstate rollout` run?"
-    return f"{which}: {exam}" if exam.planned else ""
 
 
 def _watch(settings: Settings, store: Store) -> Json:

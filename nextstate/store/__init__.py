@@ -24,6 +24,7 @@ from nextstate.store.counts import SHOWN, read_counts
 from nextstate.store.database import Database, Dialect
 from nextstate.store.encryption import Encryption, exclusive_encryption, unlock
 from nextstate.store.episodes import Episodes
+from nextstate.store.examiners import Examiners
 from nextstate.store.forgetting import Forgetting
 from nextstate.store.groups import Groups
 from nextstate.store.judging import Judging
@@ -93,6 +94,7 @@ class Store:
         self.verifying = Verifying(self.database)
         self.ledger = Ledger(self.database, self._head)
         self.roles = Roles(self.database)
+        self.examiners = Examiners(self.database)
         self._known = Known()
 
     def _open(self) -> None:

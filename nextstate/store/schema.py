@@ -397,4 +397,5 @@ roles = sa.Table(
     sa.Column("holder", sa.String(200), nullable=False),
     sa.Column("since", sa.Float, nullable=False),
 )
-"""Who has a role that one process has at a time (nextstate/store/roles.py). Empty in SQLite."""
+"""Who has a role that one process has at a time (nextstate/store/roles.py; not in SQLite), and who
+holds the exams of a lineage (nextstate/store/examiners.py)."""

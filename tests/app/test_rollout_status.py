@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from judge.groups import settle_over
 from nextstate.app.cli import main
+from nextstate.app.exam_views import NO_HOLDER, exam_text
 from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
-from nextstate.app.status import exam_text
-from nextstate.episodes import EpisodeStatus, Split
+from nextstate.episodes import Episode, EpisodeStatus, Split
 from nextstate.exams import FAILED, MISSED, Exam
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
@@ -43,7 +45,7 @@ def made(metrics: dict[str, float]) -> PolicyVersion:
         (
             {MISSED: 1.0},
             "version 3 serves without its whole exam: it solves 0 and its parent 0 of 0 held-out "
-            "tasks (0 are planned); does `nextstate rollout` run?",
+            "tasks (0 are planned); did `nextstate rollout` run?",
         ),
     ],
 )
@@ -75,6 +77,30 @@ def test_status_tells_the_run_and_the_last_exam(
     config.write_text(text)
     assert main(["status", "--config", str(config)]) == 0
     assert "none: see [rollout]" in capsys.readouterr().out
+
+
+def test_status_tells_who_holds_exams_and_where_nobody_does(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "nextstate.toml"
+    config.write_text(
+        f'[store]\ndir = "{store.dir}"\n[proxy]\nport = 1\n[lineages.other]\nmodel = "o"\n'
+    )
+
+    def told() -> dict[str, str]:
+        assert main(["status", "--config", str(config), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["exams"]
+
+    assert told() == {}
+    store.episodes.open([Episode("e-1", "other", "shell", "t")], None)
+    store.episodes.close("e-1", EpisodeStatus.DONE, 1.0, None)
+    assert settle_over(store, 0.0) == 1
+    assert told() == {"other": NO_HOLDER}
+    store.examiners.hold("other", "nextstate rollout --run night")
+    assert told() == {"other": "nextstate rollout --run night holds them"}
+    other = replace(made(Exam(4, 4, 3, 2, 0).metrics()), lineage="other")
+    store.versions.add(other, None)
+    assert told()["other"].startswith("version 3: it solves 3 and its parent 1 of 4")
 
 
 def test_the_section_of_the_document_is_valid(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from tests.scripted_engine import MODEL, ScriptedEngine
 from tests.store.test_records import add, turn
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = {"environments.md": 4, "other-harnesses.md": 1}
-"""Programs that tests/proxy/test_environments_doc.py and tests/rollout/test_document.py run."""
+ELSEWHERE = {"environments.md": 4, "exams.md": 1, "other-harnesses.md": 1}
+"""Programs that tests/proxy/test_environments_doc.py, tests/proxy/test_exams.py and
+tests/rollout/test_document.py run."""
 LONGEST_README = 150
 
 

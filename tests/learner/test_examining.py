@@ -105,6 +105,30 @@ def test_a_missed_exam_is_noted_and_does_not_hold_a_version_back(store: Store) -
     assert found.metrics == {MISSED: 1.0}
 
 
+def test_a_candidate_waits_only_while_somebody_holds_the_exams_of_its_lineage(
+    store: Store,
+) -> None:
+    clock = Clock()
+    examining = Examining(store, "main", clock, configured=False)
+    made = candidate(store)
+    assert examining.waits(made) is None
+    assert examining.objection(made) is None
+    assert store.versions.get("main", 1) == made
+    store.examiners.hold("other", "nextstate rollout --run noon")
+    assert examining.waits(made) is None
+    store.examiners.hold("main", "nextstate rollout --run night")
+    assert "`nextstate rollout --run night` has not begun it" in (examining.waits(made) or "")
+    begun = noted(store, Exam(planned=32, tasks=3, solved=1))
+    assert "nextstate rollout --run night plays it" in (examining.waits(begun) or "")
+    store.examiners.leave("main", "nextstate rollout --run night")
+    assert "nobody plays it now" in (examining.waits(begun) or "")
+    assert examining.waits(made) is None
+    assert examining.objection(made) is None  # it was waited for
+    found = store.versions.get("main", 1)
+    assert found is not None
+    assert MISSED in found.metrics
+
+
 def test_what_was_played_of_an_exam_that_takes_too_long_decides(store: Store) -> None:
     examining = Examining(store, "main")
     candidate(store)
@@ -174,6 +198,22 @@ def test_a_version_that_fails_its_exam_never_serves_and_training_goes_back_to_it
     assert "their version 2 was rejected" in (recorded.reason(turns[16]) or "")
     assert any("version 1 takes its exam before it serves" in text for text in stop.said)
     assert read_training_status(recorded.store.dir, ["main"]) == {}
+
+
+def test_a_version_that_fails_an_exam_of_a_command_never_serves(
+    recorded: Recorded, model_path: str
+) -> None:
+    """Of a lineage that no `[rollout]` names."""
+    worse = replace(WHOLE, solved=2, gained=0, lost=18)
+    recorded.add_mixed(16 * 2)
+    store, run = recorded.store, "nextstate rollout --run night"
+    store.examiners.hold("main", run)
+    engine = FakeEngine(store, 1)
+    stop = engine.stop = Examiner(store, lambda number: worse if number == 1 else WHOLE)
+    train(recorded, model_path, engine)
+    assert engine.published == [2]
+    assert store.versions.all("main")[0].state is VersionState.REJECTED
+    assert any(f"takes its exam before it serves: `{run}`" in text for text in stop.said)
 
 
 def test_a_learner_that_ends_during_an_exam_goes_on_waiting_at_its_next_start(

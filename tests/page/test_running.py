@@ -15,6 +15,7 @@ from nextstate.app.page.running import lags
 from nextstate.records import Feedback
 from nextstate.store import Store
 from nextstate.store.shares import OWNER
+from nextstate.training_status import write_training_status
 from tests.page.running_page import Site, on_site, words
 from tests.store.test_records import add, judge, turn
 
@@ -39,6 +40,23 @@ def test_how_it_runs_shows_queues_lag_engine_and_the_judge(store: Store, tmp_pat
         assert "Training of main is paused. ann paused it." in words(
             await site.get("/page/running")
         )
+
+    on_site(test, store, tmp_path)
+
+
+def test_how_it_runs_says_who_holds_exams_and_which_version_waits_for_one(
+    store: Store, tmp_path: Path
+) -> None:
+    waits = "version 1 takes its exam before it serves: `program words` has not begun it"
+
+    async def test(site: Site) -> None:
+        assert "Exams" not in words(await site.get("/page/running"))
+        store.examiners.hold("main", "program words")
+        (store.dir / "learner" / "main").mkdir(parents=True)
+        write_training_status(store.dir, "main", waits)
+        found = words(await site.get("/page/running"))
+        assert "Exams: program words holds them" in found
+        assert f"The learner: {waits}" in found
 
     on_site(test, store, tmp_path)
 

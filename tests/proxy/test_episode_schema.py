@@ -13,9 +13,9 @@ from jsonschema import Draft202012Validator
 from nextstate.episodes import is_label
 from nextstate.records import Json
 from nextstate.store import Store
-from proxy.episode_schema import CLOSE, OPEN, OPEN_GROUP, REWARD, openapi
+from proxy.episode_schema import CLOSE, EXAM, OPEN, OPEN_GROUP, REWARD, openapi
 from tests.proxy.environment import TASK, Environment, call, refusal, user
-from tests.proxy.running_proxy import Running, both
+from tests.proxy.running_proxy import Running, add_version, both
 from tests.scripted_engine import ScriptedEngine
 
 FOUND = openapi()
@@ -59,16 +59,22 @@ def test_it_describes_every_answer(store: Store, tmp_path: Path) -> None:
         assert errors("Error", refused) == []
         assert errors("Episode", await environment.close("e-1", outcome=1)) == []
         assert errors("Error", await environment.ask("GET", "episodes/e-9", None, 404)) == []
+        assert errors("Exam", await environment.ask("POST", "exams", {"tasks": 1})) == []
+        add_version(store, tmp_path, 1)
+        assert errors("Exam", await environment.ask("POST", "exams", {"tasks": 1})) == []
 
     both(test, store, tmp_path)
 
 
-FIELDS = {"Open": OPEN, "OpenGroup": OPEN_GROUP, "Rewards": REWARD, "Close": CLOSE}
+FIELDS = {
+    "Open": OPEN, "OpenGroup": OPEN_GROUP, "Rewards": REWARD, "Close": CLOSE, "Hold": EXAM,
+}  # fmt: skip
 NEEDED: dict[str, Json] = {
     "Open": TASK,
     "OpenGroup": {**TASK, "group_size": 1},
     "Rewards": {"kind": "outcome", "value": 1},
     "Close": {"status": "done"},
+    "Hold": {"tasks": 1},
 }
 
 
@@ -77,7 +83,7 @@ def test_what_it_refuses_the_proxy_refuses(store: Store, tmp_path: Path, name: s
     """One wrong value of each field at a time, and one field that nobody knows."""
     values = [*("a", "", " ", "x" * 101, "no such"), *(-1, 0, 2**31, 2**63, 0.5), True, [], {}]
     path = {
-        "Open": "episodes", "OpenGroup": "groups",
+        "Open": "episodes", "OpenGroup": "groups", "Hold": "exams",
         "Rewards": "episodes/e-1/rewards", "Close": "episodes/e-1/close",
     }[name]  # fmt: skip
 

@@ -20,7 +20,7 @@ from plugins.environments.terminal import TerminalKind
 from plugins.environments.tools import ToolsKind
 from rollout.config import RolloutConfig
 from rollout.progress import read_progress
-from rollout.sources import Generated, TaskFile, source_of
+from rollout.sources import Generated, TaskFile, source_of, tasks_of
 from rollout.stage import run
 from rollout.tasks import Task
 from tests.proxy.running_proxy import Running, add_version, both, request, until
@@ -339,6 +339,20 @@ def test_generated_tasks_are_valid_and_their_splits_differ(kind: Any) -> None:
     assert {task.split for task in held_out} == {Split.EVAL}
     for task in (*training, *held_out):
         kind.check_task(task.fields)
+
+
+def test_a_number_is_so_many_generated_tasks_and_a_quarter_as_many_held_out_ones() -> None:
+    found = tasks_of("10", "tools", ToolsKind())
+    assert [task.split for task in found] == [Split.TRAIN] * 10 + [Split.EVAL] * 3
+    source = source_of("", "tools", ToolsKind())
+    assert found[:10] == [source.training(number) for number in range(10)]
+    assert found[10:] == source.held_out(3)
+    assert len({task.id for task in found}) == 13
+    for wrong in ("0", "100001", "9" * 5000):
+        with pytest.raises(ConfigError, match="expected 1 to 100000 generated tasks"):
+            tasks_of(wrong, "tools", ToolsKind())
+    with pytest.raises(ConfigError, match=r"--tasks 10: .* 'shown' generates no tasks: name a"):
+        tasks_of("10", "shown", ShownKind())
 
 
 def test_an_environment_without_tasks_of_its_own_needs_a_file() -> None:

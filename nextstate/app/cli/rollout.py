@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
+import os
 import signal
+import socket
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
@@ -17,7 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from nextstate.app.settings import Settings
+    from nextstate.store import Store
     from rollout.attempt import Attempt
+    from rollout.exam import Exams
+    from rollout.proxy import ProxyClient
+    from rollout.runner import Plan
+    from rollout.tasks import Task
 
 _EPILOG = """\
 A task is a line of JSON: {"id", "split"?, …}, with the fields of its environment. For terminal:
@@ -27,6 +35,7 @@ A task is a line of JSON: {"id", "split"?, …}, with the fields of its environm
 examples:
   nextstate rollout                                              what [rollout] says, without end
   nextstate rollout terminal --tasks tasks.jsonl                 four attempts at each task
+  nextstate rollout terminal --tasks 200                         at 200 generated ones
   nextstate rollout terminal --tasks tasks.jsonl --parallel 32 --epochs 10
   nextstate rollout terminal --tasks tasks.jsonl --run night-1   after a kill, the same again
   nextstate rollout terminal --tasks tasks.jsonl --eval          the held-out tasks, once each
@@ -37,6 +46,8 @@ examples:
   nextstate rollout command --tasks agent.jsonl --sampling '{"temperature": 1, "seed": null}'
   nextstate rollout openenv --tasks 'http://127.0.0.1:8000?action=message&show=text'
 """
+_STOP_S = 5.0
+"""How long a run that is stopped still waits for the store."""
 _STOPPED = 128 + signal.SIGTERM
 
 
@@ -49,9 +60,11 @@ def add(subparsers: Any) -> None:
     text += " (default: what [rollout] says, without end)"
     parser.add_argument("environment", metavar="ENVIRONMENT", nargs="?", help=text)
     text = "the tasks: a file of one JSON object a line, the address of an OpenEnv server, or a "
-    text += "folder of Harbor tasks; ?FIELD=VALUE after it gives every task a field"
+    text += "folder of Harbor tasks; ?FIELD=VALUE after it gives every task a field. A number: so "
+    text += "many that the environment generates"
     parser.add_argument("--tasks", metavar="SOURCE", help=text)
-    text = "play the held-out tasks, which never train, instead of the others"
+    text = "play the held-out tasks, which never train, instead of the others; without it they "
+    text += "are the exams of candidates"
     parser.add_argument("--eval", action="store_true", help=text)
     numbers = {
         "parallel": (8, "episodes at once"),
@@ -108,19 +121,22 @@ def _run(args: argparse.Namespace, settings: Settings, ray: Any, out: TextIO) ->
         return 0
     began = time.monotonic()
     try:
-        attempts = asyncio.run(_play(args, settings, ray, out))
+        attempts, in_exams = asyncio.run(_play(args, settings, ray, out))
     except asyncio.CancelledError:
         return _STOPPED
     if not args.json:
         from rollout.runner import summary
 
         print(summary(attempts, time.monotonic() - began), file=out)
+        if in_exams:
+            print(f"{in_exams} more in the exams of candidates: see `nextstate status`", file=out)
     return 0
 
 
 async def _play(
     args: argparse.Namespace, settings: Settings, ray: Any, out: TextIO
-) -> Sequence[Attempt]:
+) -> tuple[Sequence[Attempt], int]:
+    """The episodes that were played, and how many more there were in exams."""
     import aiohttp
 
     from nextstate.app.own_key import proxy_key
@@ -131,21 +147,25 @@ async def _play(
     from nextstate.hooks import EnvironmentKind, load_plugin
     from nextstate.pace import Pace
     from nextstate.store import Store
+    from nextstate.store.waiting import Patience
     from rollout import runner
     from rollout.config import MOST_PARALLEL, environment_name
     from rollout.pictures import Pictures
     from rollout.proxy import ProxyClient
-    from rollout.reading import read_source
+    from rollout.sources import tasks_of
 
     if args.tasks is None:
-        raise ConfigError(f"--tasks is missing: name a file of tasks for {args.environment}")
+        raise ConfigError(
+            f"--tasks is missing: name a file of tasks for {args.environment}, or say how many it "
+            "shall generate"
+        )
     sizes = (args.parallel, args.epochs, args.max_calls, args.deadline)
     if not all(sizes) or 0 in (args.group_size, args.max_tokens) or args.parallel > MOST_PARALLEL:
         raise ConfigError(f"expected numbers of at least 1, and --parallel up to {MOST_PARALLEL}")
     kind: EnvironmentKind = load_plugin("environments", args.environment, None)
     name = environment_name(args.environment)
     split = Split.EVAL if args.eval else Split.TRAIN
-    read = await asyncio.to_thread(read_source, args.tasks, name, kind.check_task)
+    read = await asyncio.to_thread(tasks_of, args.tasks, name, kind)
     tasks = [task for task in read if task.split is split]
     if not tasks:
         raise ConfigError(
@@ -177,13 +197,52 @@ async def _play(
         pace = Pace(settings.rollout.share, proxy.people)
         tell = partial(_tell_json if args.json else _tell, out)
         # Agents run beneath this process: it gets no key to what people said.
-        (await asyncio.to_thread(Store, settings.store, with_key=False)).close()
+        patience = Patience(math.inf)
+        store = await asyncio.to_thread(Store, settings.store, patience=patience, with_key=False)
+        exams = exams_of(args, settings, plan, read, proxy, store)
         pictures = Pictures(settings.store.path / "pictures")
         bounds = args.max_calls, args.deadline
         nodes = nodes_for(settings, ray, args.environment, *bounds, proxy) if ray else None
-        with _alone(settings, args.name):
-            given = plan, tasks * args.epochs, kind, proxy, tell
-            return await runner.run(*given, pictures, nodes, pace)
+        try:
+            with _alone(settings, args.name):
+                given = plan, tasks * args.epochs, kind, proxy, tell
+                played = await runner.run(*given, pictures, nodes, pace, exams)
+                return played, exams.played if exams else 0
+        finally:
+            patience.end(_STOP_S)
+            store.close()
+
+
+def exams_of(
+    args: argparse.Namespace,
+    settings: Settings,
+    plan: Plan,
+    read: list[Task],
+    proxy: ProxyClient,
+    store: Store,
+) -> Exams | None:
+    """The exams that the run holds; None for one that trains nothing, or whose versions take none.
+
+    A version that is a whole model is served by an engine of its own only once it serves.
+    """
+    from nextstate.records import MAIN_LINEAGE
+    from rollout.exam import Exams, Given
+    from rollout.sources import TaskFile
+
+    if args.eval or settings.learner.trains_all:
+        return None
+    process = f", process {os.getpid()} on {socket.gethostname()}"
+    source = TaskFile(args.tasks, read)
+    limits = {name: getattr(plan, name) for name in ("max_calls", "max_tokens", "sampling")}
+    given = Given(
+        lineage=args.lineage or MAIN_LINEAGE,
+        holder="nextstate rollout" + (f" --run {args.name}" if args.name else process),
+        environment=plan.environment,
+        tasks=partial(source.held_out, settings.rollout.exam_tasks),
+        limits={name: value for name, value in limits.items() if value is not None},
+        deadline_s=plan.deadline_s,
+    )
+    return Exams(given, proxy, store)
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from nextstate.app.child_states import read_child_states
 from nextstate.app.episode_views import settled_text, settled_worth
+from nextstate.app.exam_views import exams
 from nextstate.app.judge_worth import judge_agreement, trained_worth
 from nextstate.app.page.home import problems, why_paused
 from nextstate.app.settings import Settings
@@ -50,6 +51,7 @@ def running(settings: Settings, store: Store, health: Json, lineage: str) -> Jso
         "max_lag": settings.learner.max_lag,
         "judges": judge_agreement(store.judging.labels()),
         "trained_judge": None if trained is None else trained["text"],
+        "exams": exams(settings, store).get(lineage),
         "environments": {
             name.partition("/")[2]: settled_text(one)
             for name, one in worth.items()
