@@ -264,11 +264,7 @@ class Capture:
         self.read()
         if self._differs or len(self.logprobs) != len(self.completion_ids):
             return False
-        return all(
-            len(cut) == len(said) + 1
-            and all(map(bytes.endswith, cut, [_TOKEN + text for text in said]))
-            for cut, said in self._said
-        )
+        return all(_ends_with_tokens(cut, said) for cut, said in self._said)
 
     def untrainable(self, request: Json) -> str | None:
         """Why the turn must not train, or None when ids, log-probs and usage agree exactly."""
@@ -360,7 +356,7 @@ class Capture:
             struct.pack(f"{len(ids)}I", *ids)
         except (struct.error, OverflowError, TypeError):
             ids = []
-        if ids != value:
+        if ids is not value:
             self.error = _MALFORMED
         return ids
 
@@ -444,6 +440,15 @@ def _begins_again(arguments: str, seams: list[int]) -> bool:
         return arguments.startswith(arguments[begin:first], first)
     seam = next((at for at in seams if at >= end), None)
     return seam is not None and not arguments[end:seam].strip()
+
+
+def _ends_with_tokens(cut: list[bytes], said: list[bytes]) -> bool:
+    """Whether each part but the last ends with the next text as a token's."""
+    if len(cut) != len(said) + 1:
+        return False
+    # None is longer than what it is compared with, so together they are equal only if each is.
+    ends = [part[-len(text) - len(_TOKEN) :] for part, text in zip(cut, said, strict=False)]
+    return b"".join(ends) == _TOKEN + _TOKEN.join(said)
 
 
 def _token_texts(told: list[bytes] | list[Json]) -> list[Any]:
