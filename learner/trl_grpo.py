@@ -30,6 +30,10 @@ EPSILON, EPSILON_HIGH = 0.2, 0.28
 """Clip of the importance ratio: it counts between 1 - EPSILON and 1 + EPSILON_HIGH."""
 _MOST_NORM = 1.0
 """A longer gradient is shortened to this norm."""
+_EVEN = 10.0
+"""AdamW moves each weight equally far, however small its gradient. Of all weights most gradients
+are noise, whose moves use up the bound on the policy's change. With an epsilon of so many times the
+root mean square of a gradient with the largest norm, a weight moves about as its gradient says."""
 
 
 def grpo_config(config: LearnerConfig, model: PreTrainedModel, work_dir: Path) -> GRPOConfig:
@@ -56,9 +60,7 @@ def grpo_config(config: LearnerConfig, model: PreTrainedModel, work_dir: Path) -
         weight_decay=0.0 if config.trains_all else 0.1,
         adam_beta1=config.adam_beta1,
         adam_beta2=0.98,
-        # Of all weights most gradients are noise, and AdamW moves each weight equally far. One
-        # below the root mean square of a gradient with the largest norm is moved by less.
-        adam_epsilon=_MOST_NORM / math.sqrt(count) if config.trains_all else 1e-8,
+        adam_epsilon=_EVEN * _MOST_NORM / math.sqrt(count) if config.trains_all else 1e-8,
         max_grad_norm=_MOST_NORM,
         optim="adamw_torch",
         per_device_train_batch_size=2,
