@@ -28,9 +28,8 @@ import psycopg
 
 from demo.course import POLICY
 from nextstate.engine.process import free_port
-from tests.app.test_ray_up import Up, actor_of
+from tests.app.test_ray_up import Up, actor_of, stand_in
 from tests.certificates import certificate
-from tests.docs.messages import ROOT
 from tests.postgresql_server import Server
 from tests.rollout.two_machines import RAY, ip
 
@@ -44,19 +43,13 @@ url = "{url}"
 [engine]
 model = "{policy}"
 served_model_name = "base"
-env = {{ PYTHONPATH = "{folder}/stand-in:{root}" }}
+env = {{ PYTHONPATH = "{path}" }}
 [proxy]
 host = "0.0.0.0"
 port = {port}
 api_key_env = "KEY"
 [judge]
 kind = "rules"
-"""
-STAND_IN = """
-import asyncio, sys
-from tests.whole.three_machines import engine
-given = dict(zip(sys.argv[1:], sys.argv[2:]))
-asyncio.run(engine(given["--host"], int(given["--port"])))
 """
 IN_HEAD = '{"nextstate-proxy": 1, "nextstate-judge": 1}'
 IN_NODE = '{"nextstate-engine": 1, "nextstate-learner": 1}'
@@ -135,17 +128,13 @@ class Cluster:
         self.rays = Path(tempfile.mkdtemp(prefix="ray"))  # Ray's sockets need a short path
         self.port = free_port()
         self.config = folder / "nextstate.toml"
-        values = {"folder": folder, "policy": POLICY, "root": ROOT, "port": self.port}
+        path = stand_in(folder)
+        values = {"path": path, "folder": folder, "policy": POLICY, "port": self.port}
         database.speak_tls(certificate(folder))
         url = database.database("loop").replace("127.0.0.1", HEAD) + "?sslmode=require"
         self.config.write_text(CONFIG.format(url=url, **values))
         self.of_file = folder / "file.toml"
         self.of_file.write_text(self.config.read_text().replace(url, ""))
-        program = folder / "stand-in" / "vllm" / "entrypoints" / "openai"
-        program.mkdir(parents=True)
-        (program / "api_server.py").write_text(STAND_IN)
-        for package in (program, *program.parents[:2]):
-            (package / "__init__.py").touch()
         head = [*RAY, "--head", "--include-dashboard=false", f"--node-ip-address={HEAD}"]
         head += [f"--temp-dir={self.rays}", f"--port={PORT}", "--block", f"--resources={IN_HEAD}"]
         self._log = folder / "head.log"
