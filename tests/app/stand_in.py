@@ -14,7 +14,8 @@ from tests.whole.three_machines import engine
 def main() -> None:
     """Takes vLLM's arguments."""
     given = dict(zip(sys.argv[1:], sys.argv[2:], strict=False))
-    if Path(given["--model"], PROBE_FILE).exists():
-        whole_server.main(given["--port"], given["--served-model-name"], given["--model"])
+    host, port, folder = given["--host"], given["--port"], given["--model"]
+    if Path(folder, PROBE_FILE).exists():
+        whole_server.main(port, given["--served-model-name"], folder, host)
     else:
-        asyncio.run(engine(given["--host"], int(given["--port"])))
+        asyncio.run(engine(host, int(port)))

@@ -291,12 +291,22 @@ def test_whole_models_have_engines_beside_the_actor_of_the_base_and_come_back_wi
 
 @needs_ray
 @pytest.mark.timeout(1500)
-def test_parts_of_a_node_that_is_cut_off_go_to_another_one_and_end_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cut_s", "rank"),
+    [
+        (0, 16),
+        pytest.param(120, 16, marks=pytest.mark.soak),
+        pytest.param(120, 0, marks=pytest.mark.soak),
+    ],
+)
+def test_parts_of_a_node_that_is_cut_off_go_to_another_one_and_end_there(
+    tmp_path: Path, cut_s: float, rank: int
+) -> None:
     require_server()
     if os.geteuid() or subprocess.run([*ALONE, "ip", "link"], check=False).returncode:
         pytest.skip("network namespaces beside a PostgreSQL need root")
     ended = subprocess.run(
-        [*ALONE, sys.executable, "-m", "tests.app.three_nodes", str(tmp_path)],
+        [*ALONE, sys.executable, "-m", "tests.app.three_nodes", *map(str, (tmp_path, cut_s, rank))],
         cwd=ROOT,
         env=environment(tmp_path),
         capture_output=True,
@@ -305,13 +315,21 @@ def test_parts_of_a_node_that_is_cut_off_go_to_another_one_and_end_there(tmp_pat
     )
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-6000:]
     found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    print({name: value for name, value in found.items() if "token" not in name})
     assert "it has another token than" in found["wrong token"]
     assert "the cluster has 3 nodes" in found["a file"]
-    assert found["parts"] == ["engine", "judge", "learner", "proxy"]
+    version = ["version"] * (rank == 0)
+    assert found["parts"] == ["engine", "judge", "learner", "proxy", *version]
     assert found["where it was"]
     assert found["same after a short cut"]
-    assert found["asked"] == found["turns"] >= 6
+    assert found["versions"] == [int(rank == 0)]
+    assert (found["lost"], found["twice"], found["verified"]) == ([], [], "ok")
+    assert found["asked"] >= found["turns"] >= found["answered"] >= 6
+    assert found["back there"] == []
     assert (found["up"], found["left"], found["told"]) == (0, [], [])
+    if cut_s:
+        assert found["cut for s"] >= cut_s
+        assert found["judged"]
 
 
 class Cluster:

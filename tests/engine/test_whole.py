@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -38,12 +39,19 @@ SERVER = (sys.executable, "-m", "tests.engine.whole_server")
 
 
 def add_version(
-    store: Store, parent: Path, number: int, state: VersionState = VersionState.CANDIDATE
+    store: Store,
+    parent: Path,
+    number: int,
+    state: VersionState = VersionState.CANDIDATE,
+    model: Path | None = None,
 ) -> PolicyVersion:
-    """A version with a file instead of weights, and something to probe."""
+    """A version to probe, with a `model`'s files or with a file instead of weights."""
     folder = parent / f"v{number}"
-    folder.mkdir()
-    (folder / MODEL_FILE).write_bytes(folder.name.encode())
+    if model is None:
+        folder.mkdir()
+        (folder / MODEL_FILE).write_bytes(folder.name.encode())
+    else:
+        shutil.copytree(model, folder)
     probe = {"prompt": [3, number], "tokens": [5, 6], "logprobs": [-0.5 - number, -2.0]}
     (folder / PROBE_FILE).write_text(json.dumps({"probes": [probe]}))
     sha256 = folder_sha256(folder)
