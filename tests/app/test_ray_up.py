@@ -315,9 +315,9 @@ def test_parts_of_a_node_that_is_cut_off_go_to_another_one_and_end_there(
     )
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-6000:]
     found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
-    print({name: value for name, value in found.items() if "token" not in name})
-    assert "it has another token than" in found["wrong token"]
-    assert "the cluster has 3 nodes" in found["a file"]
+    assert "it has another token than" in found.pop("wrong token")
+    assert "the cluster has 3 nodes" in found.pop("a file")
+    print(found)  # benchmarks/results/ray.md
     version = ["version"] * (rank == 0)
     assert found["parts"] == ["engine", "judge", "learner", "proxy", *version]
     assert found["where it was"]

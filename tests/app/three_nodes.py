@@ -68,6 +68,7 @@ kind = "rules"
 [learner]
 lora_rank = {rank}
 """
+STARTED = b"Ray runtime started"
 THANKS = "Thanks, that is exactly right."
 IN_HEAD = '{"nextstate-proxy": 1, "nextstate-judge": 1}'
 IN_NODE = '{"nextstate-engine": 1, "nextstate-learner": 1}'
@@ -114,7 +115,7 @@ class Node:
         self._process.stdin.close()
 
     def started(self) -> bool:
-        return b"Ray runtime started" in self.log.read_bytes()
+        return STARTED in self.log.read_bytes()
 
     def parts(self) -> dict[str, int]:
         """The processes of the loop on it, but none that is still a copy of its actor."""
@@ -173,7 +174,7 @@ class Cluster:
     def _started(self) -> bool:
         if self._ray.poll() is not None:  # on a busy machine Ray gives up after 30 s
             self._start()
-        return b"Ray runtime started" in self._log.read_bytes()
+        return STARTED in self._log.read_bytes()
 
     def up(self, config: Path | None = None, **variables: str) -> Up:
         cluster = {name: os.environ[name] for name in os.environ if name.startswith("RAY_")}
@@ -312,6 +313,7 @@ def go(cluster: Cluster, cut_s: float, rank: int) -> dict[str, Any]:
     first.cut(False)
     ask()
     if cut_s:
+        until(lambda: first.log.read_bytes().count(STARTED) > 1, "the node joins again")
         back = len(cluster.answered) + 4 * AGENTS
         until(lambda: len(cluster.answered) > back, "agents go on")
         quiet.set()
@@ -319,7 +321,6 @@ def go(cluster: Cluster, cut_s: float, rank: int) -> dict[str, Any]:
             agent.join()
     found["versions"] = sorted({*[*cluster.answered.values()][seen:]})
     found["back there"] = [*first.parts()]
-    found["joined again"] = first.log.read_bytes().count(b"Ray runtime started") > 1
     up.process.send_signal(signal.SIGTERM)
     found["up"] = up.process.wait(120)
     found["left"] = [*second.parts(), *first.parts(), *up.parts()]
