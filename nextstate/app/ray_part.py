@@ -140,7 +140,7 @@ class Part:
         self._made(child)
         self._versions = VersionEngines(settings, child, host=self._host, prepare=_prepare)
         own = asyncio.create_task(self._versions.run(self._stopping))
-        known = asyncio.create_task(_stay_known(settings, self._name, url))
+        known = asyncio.create_task(stay_known(settings, self._name, url))
 
         def changed() -> None:  # a stage that stopped without it is tried again
             with suppress(OSError):
@@ -210,7 +210,7 @@ async def _follow(settings: Settings, child: Child) -> None:
             await end(child)
 
 
-async def _stay_known(settings: Settings, name: str, url: str) -> None:
+async def stay_known(settings: Settings, name: str, url: str) -> None:
     """Ends this process once the engine file names another address: the part is elsewhere.
 
     A node that was cut off may still reach the state folder, and two would answer there.

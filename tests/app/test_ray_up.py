@@ -21,15 +21,23 @@ import psutil
 import pytest
 
 from demo.course import POLICY
-from nextstate.app.engine_access import change_version
+from nextstate.app import ray_part
+from nextstate.app.engine_access import (
+    change_version,
+    engine_access,
+    engine_file,
+    write_engine_file,
+)
 from nextstate.app.engine_children import check_versions
 from nextstate.app.first_file import Answers, file_text
+from nextstate.app.ray_part import stay_known
 from nextstate.app.ray_stack import RayStack
 from nextstate.app.settings import Settings
 from nextstate.engine import process as vllm
 from nextstate.engine.client import publish
 from nextstate.engine.process import free_port
 from nextstate.errors import ConfigError, StartError
+from nextstate.private_files import make_state_folder
 from nextstate.ray_cluster import TOKEN
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
@@ -330,6 +338,38 @@ def test_parts_of_a_node_that_is_cut_off_go_to_another_one_and_end_there(
     if cut_s:
         assert found["cut for s"] >= cut_s
         assert found["judged"]
+
+
+def test_an_actor_ends_once_the_engine_file_names_an_engine_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings.read(write_managed(tmp_path))
+    own, other = "http://10.0.0.1:1", "http://10.0.0.2:1"
+    looks, ended = asyncio.Semaphore(0), list[int]()
+
+    def looked(settings: Settings) -> tuple[list[str], str | None]:
+        looks.release()
+        return engine_access(settings)
+
+    async def run() -> None:
+        watching = asyncio.create_task(stay_known(settings, "engine", own))
+        for urls in ([own], None, [own]):
+            if urls is None:
+                engine_file(settings).unlink()
+            else:
+                write_engine_file(settings, urls, "key")
+            await looks.acquire()
+            await looks.acquire()
+        assert (ended, watching.done()) == ([], False)
+        write_engine_file(settings, [other], "key")
+        await watching
+
+    make_state_folder(settings.store.path)
+    monkeypatch.setattr(ray_part, "_LOOK_S", 0.01)
+    monkeypatch.setattr(ray_part, "engine_access", looked)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    asyncio.run(run())
+    assert ended == [1]
 
 
 class Cluster:
