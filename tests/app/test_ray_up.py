@@ -298,7 +298,7 @@ def test_whole_models_have_engines_beside_the_actor_of_the_base_and_come_back_wi
 
 
 @needs_ray
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("cut_s", "rank"),
     [
