@@ -17,6 +17,7 @@ import fcntl
 import importlib
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -33,6 +34,7 @@ from nextstate.app.settings import Settings
 from nextstate.app.stack import stage_under_up
 from nextstate.app.supervisor import Child, Supervisor, end
 from nextstate.engine import process as vllm
+from nextstate.engine.whole import engines_folder
 from nextstate.errors import NextStateError
 from nextstate.private_files import only_for_owner
 from nextstate.ray_cluster import is_of_cluster, own_address
@@ -181,6 +183,8 @@ class Part:
             if port is None or not vllm.port_is_free(self._host, port):
                 port = vllm.free_port(self._host)
             urls[number] = engine_url(self._host, port)
+            if settings.learner.trains_all:  # what ran beside an earlier one is gone
+                shutil.rmtree(engines_folder(settings.store.path), ignore_errors=True)
             write_engine_file(settings, urls, key)
         child = engine_process(settings, self._name, number, port, key or "", host=self._host)
         return child, urls[number]

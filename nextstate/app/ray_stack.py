@@ -15,7 +15,6 @@ import hashlib
 import importlib
 import logging
 import os
-import shutil
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
@@ -35,7 +34,6 @@ from nextstate.app.supervisor import GRACE_S
 from nextstate.app.tls import certificate
 from nextstate.engine import process as vllm
 from nextstate.engine.adapter_files import remove_all_served
-from nextstate.engine.whole import engines_folder
 from nextstate.errors import ConfigError, LostNodeError, StartError
 from nextstate.keys import new_key
 from nextstate.private_files import make_state_folder
@@ -161,7 +159,6 @@ class RayStack(Parts):
             log.warning("%s run already: they go on", ", ".join(known))
         else:
             remove_all_served(self.dir)  # an earlier one was killed
-            shutil.rmtree(engines_folder(self.dir), ignore_errors=True)
             write_own_key(self.settings, new_key())
             if self.managed:
                 key = vllm.managed_key(self.settings.engine)

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -32,6 +33,9 @@ from nextstate.errors import AdapterError, EngineError
 from nextstate.records import WHOLE_MODEL, PolicyVersion, VersionState
 from nextstate.store import Store
 from nextstate.store.versions import base_version
+from proxy.intervals import INTERVALS
+from proxy.replica import Replica
+from proxy.whole_engines import Router, WholeEngines
 from tests.proxy.running_proxy import Running, request, running, until
 from tests.scripted_engine import MODEL, scripted_engine
 
@@ -361,6 +365,35 @@ def test_an_engine_that_a_killed_pool_has_left_is_started_again_when_it_is_asked
         assert await w.asked() == 1
 
     within(test, store, tmp_path)
+
+
+def test_a_proxy_follows_no_engine_that_is_not_on_the_machine_of_its_base(
+    store: Store, tmp_path: Path
+) -> None:
+    versions = [add_version(store, tmp_path, number) for number in (1, 2)]
+    for version, host in zip(versions, ("10.0.0.1", "10.0.0.2"), strict=True):
+        write_engine(store.dir, replace(engine_of(version), state=UP, url=f"http://{host}:1"))
+    followed = list[str]()
+
+    class Added:
+        def add(self, replica: Replica) -> None:
+            followed.append(replica.client.url)
+
+        def remove(self, replica: Replica) -> None: ...
+
+        def changed(self, replica: Replica) -> None: ...
+
+    async def run() -> None:
+        base = EngineClient("http://10.0.0.2:9", MODEL)
+        engines = WholeEngines(store.dir, base, {}, INTERVALS, cast(Router, Added()))
+        async with asyncio.TaskGroup() as tasks:
+            engines.start(tasks)
+            await engines.follow(versions)
+            await engines.close()
+        await base.close()
+
+    asyncio.run(run())
+    assert followed == ["http://10.0.0.2:1"]
 
 
 def test_an_engine_for_adapters_refuses_a_whole_model(store: Store, tmp_path: Path) -> None:
