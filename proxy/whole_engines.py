@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from yarl import URL
+
 from nextstate.engine.abilities import ADAPTERS, look
 from nextstate.engine.adapter_files import verify_adapter
 from nextstate.engine.client import EngineClient
@@ -76,8 +78,10 @@ class WholeEngines:
             assert replica.whole is not None
             if told is None or told.url != replica.whole.url:
                 await self._leave(name)
+        host = URL(self._base.url).host
         for name, engine in found.items():
-            if engine.state == UP and name not in self._known:
+            here = URL(engine.url).host == host  # else the base is elsewhere by now
+            if engine.state == UP and here and name not in self._known:
                 self._add(engine)
 
     def _add(self, engine: WholeEngine) -> None:

@@ -121,6 +121,9 @@ class EnginePool:
     async def _look(self) -> None:
         serving = await asyncio.to_thread(self._store.versions.serving, MAIN_LINEAGE)
         told = await asyncio.to_thread(read_engines, self._store.dir)
+        for name in [n for n, one in told.items() if one.state == UP and n not in self._running]:
+            forget_engine(self._store.dir, name)  # its pool was killed
+            del told[name]
         for name, one in [*self._running.items()]:
             await asyncio.to_thread(log_files.rotate, one.child.log_file)
             await self._follow(one, told.get(name), serving)

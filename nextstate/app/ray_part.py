@@ -17,21 +17,24 @@ import fcntl
 import importlib
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from nextstate.app.engine_access import engine_access, engine_file, write_engine_file
+from nextstate.app.engine_children import VersionEngines, engine_process, engine_url
 from nextstate.app.settings import Settings
-from nextstate.app.stack import engine_process, stage_under_up
+from nextstate.app.stack import stage_under_up
 from nextstate.app.supervisor import Child, Supervisor, end
 from nextstate.engine import process as vllm
+from nextstate.engine.whole import engines_folder
 from nextstate.errors import NextStateError
 from nextstate.private_files import only_for_owner
 from nextstate.ray_cluster import is_of_cluster, own_address
@@ -57,6 +60,8 @@ class Seen:
     """Of its node."""
     refused: str | None
     """Why it cannot start, which needs a person."""
+    versions: Mapping[str, str]
+    """The states of the engines of versions that are whole models."""
 
 
 class Part:
@@ -76,6 +81,7 @@ class Part:
         self._host = self._address if several else vllm.HOST
         self._file, self._name = Path(file), name
         self._child: Child | None = None
+        self._versions: VersionEngines | None = None
         self._refused: str | None = None
         self._loop = asyncio.new_event_loop()
         self._stopping = asyncio.Event()
@@ -86,7 +92,8 @@ class Part:
     def seen(self) -> Seen:
         """What `nextstate status` shows, and why it cannot start."""
         state = self._refused or (self._child.state if self._child else "waits")
-        return Seen(state, self._address, self._refused)
+        own = self._versions.children if self._versions else []
+        return Seen(state, self._address, self._refused, {one.name: one.state for one in own})
 
     def end(self) -> None:
         """Ends the child; returns when it has ended."""
@@ -120,35 +127,52 @@ class Part:
 
     async def _keep(self) -> None:
         settings = Settings.read(self._file)
+        settings = replace(settings, engine=vllm.without_gpus(settings.engine))
         is_engine = self._name in settings.engine.parts
         if is_engine or self._name == "learner":
             vllm.check_model(settings.engine)
         if is_engine:
-            child = self._engine(settings)
+            await self._keep_engine(settings)
         elif await self._engines_known(settings):
-            child = stage_under_up(settings, self._name)
-            child.retry_on_change = (*child.retry_on_change, engine_file(settings))
-        else:
-            return
-        child.env = _without_ray(child.env or os.environ)
-        child.was_ready = self._again
-        child.death_signal = signal.SIGKILL  # its successor needs its port
-        self._child = child
+            await self._keep_stage(settings)
 
-        def changed() -> None:
-            if is_engine:  # a stage that stopped without it is tried again
-                with suppress(OSError):
-                    os.utime(engine_file(settings))
+    async def _keep_engine(self, settings: Settings) -> None:
+        """Keeps the base's engine, and beside it those of versions that are whole models."""
+        child, url = self._engine(settings)
+        self._made(child)
+        self._versions = VersionEngines(settings, child, host=self._host, prepare=_prepare)
+        own = asyncio.create_task(self._versions.run(self._stopping))
+        known = asyncio.create_task(stay_known(settings, self._name, url))
 
-        following = asyncio.create_task(_follow(settings, child)) if not is_engine else None
+        def changed() -> None:  # a stage that stopped without it is tried again
+            with suppress(OSError):
+                os.utime(engine_file(settings))
+
         try:
             await Supervisor([child], changed, stopping=self._stopping).run()
         finally:
-            if following is not None:
-                following.cancel()
+            known.cancel()
+            await asyncio.gather(own, return_exceptions=True)
 
-    def _engine(self, settings: Settings) -> Child:
-        """The engine's process, on the port that it had if it was here before."""
+    async def _keep_stage(self, settings: Settings) -> None:
+        """Keeps a stage, which starts again when an engine is elsewhere."""
+        more = ["--under-ray"] * (self._name == "learner")
+        child = stage_under_up(settings, self._name, *more)
+        child.retry_on_change = (*child.retry_on_change, engine_file(settings))
+        self._made(child)
+        following = asyncio.create_task(_follow(settings, child))
+        try:
+            await Supervisor([child], stopping=self._stopping).run()
+        finally:
+            following.cancel()
+
+    def _made(self, child: Child) -> None:
+        _prepare(child)
+        child.was_ready = self._again
+        self._child = child
+
+    def _engine(self, settings: Settings) -> tuple[Child, str]:
+        """The base's process, on the port that it had if it was here before, and its address."""
         vllm.check_package()
         vllm.check_system(settings.engine)
         number = settings.engine.parts.index(self._name)
@@ -158,10 +182,12 @@ class Part:
             port = known.port if known.hostname == self._host else None
             if port is None or not vllm.port_is_free(self._host, port):
                 port = vllm.free_port(self._host)
-            host = f"[{self._host}]" if ":" in self._host else self._host
-            urls[number] = f"http://{host}:{port}"
+            urls[number] = engine_url(self._host, port)
+            if settings.learner.trains_all:  # what ran beside an earlier one is gone
+                shutil.rmtree(engines_folder(settings.store.path), ignore_errors=True)
             write_engine_file(settings, urls, key)
-        return engine_process(settings, self._name, number, port, key or "", host=self._host)
+        child = engine_process(settings, self._name, number, port, key or "", host=self._host)
+        return child, urls[number]
 
     async def _engines_known(self, settings: Settings) -> bool:
         """Returns True when each engine has an address, and False when stopping."""
@@ -186,6 +212,26 @@ async def _follow(settings: Settings, child: Child) -> None:
             log.warning("an engine is elsewhere: %s starts again", child.name)
             urls = found
             await end(child)
+
+
+async def stay_known(settings: Settings, name: str, url: str) -> None:
+    """Ends this process once the engine file names another address: the part is elsewhere.
+
+    A node that was cut off may still reach the state folder, and two would answer there.
+    """
+    known = url
+    while known == url:
+        await asyncio.sleep(_LOOK_S)
+        with suppress(NextStateError):
+            known = engine_access(settings)[0][settings.engine.parts.index(name)]
+    log.error("another actor has this part by now: %s ends here", name)
+    os._exit(1)
+
+
+def _prepare(child: Child) -> None:
+    """Makes a process one of a node of Ray."""
+    child.env = _without_ray(child.env or os.environ)
+    child.death_signal = signal.SIGKILL  # its successor needs its port
 
 
 def _without_ray(env: Mapping[str, str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from typing import Any
 
 from nextstate.app.child_states import child_states_file, write_child_states
 from nextstate.app.engine_access import engine_access, engine_file, write_engine_file
+from nextstate.app.engine_children import check_versions
 from nextstate.app.own_key import own_key_of, remove_own_key, write_own_key
 from nextstate.app.ray_part import LOST_S, Part, Seen
 from nextstate.app.settings import Settings
@@ -72,7 +73,8 @@ class RayStack(Parts):
         self._name = f"nextstate-{hashlib.sha256(str(self.dir).encode()).hexdigest()[:12]}"
         self._actors: dict[str, Any] = {}
         self._seen: dict[str, Seen] = {}
-        self._told: dict[str, str] = {}
+        self._told: dict[str, dict[str, str]] = {}
+        """What is known of each part by now, and of what runs beside it."""
         self._was_ready = False
         self._lost = False
         """Whether the cluster cannot be reached any more; parts may go on there."""
@@ -83,19 +85,16 @@ class RayStack(Parts):
         return self.settings.store.url.startswith("postgres")
 
     def check(self) -> None:
-        """Raises ConfigError for what does not go with a cluster."""
+        """Raises ConfigError or StartError for what does not go with a cluster."""
         settings = self.settings
         certificate(settings.proxy)
-        if settings.learner.trains_all:
-            raise ConfigError(
-                "[learner] lora_rank = 0 needs engines on the learner's machine, which --ray does "
-                "not start: set it to 1 or more, or leave out --ray"
+        if self.managed and (gpus := settings.engine.env.get(vllm.VISIBLE)) is not None:
+            log.warning(
+                "[engine] env: %s = %r is left out, since Ray gives each part its GPUs",
+                vllm.VISIBLE,
+                gpus,
             )
-        if self.managed and "CUDA_VISIBLE_DEVICES" in settings.engine.env:
-            raise ConfigError(
-                "[engine] env: with --ray, Ray gives each part its GPUs: leave out "
-                "CUDA_VISIBLE_DEVICES"
-            )
+            settings = replace(settings, engine=vllm.without_gpus(settings.engine))
         nodes = len(self._nodes())
         if nodes > 1 and not self._shared:
             raise ConfigError(
@@ -113,6 +112,7 @@ class RayStack(Parts):
                 f"[proxy] host = {settings.proxy.host!r} is reachable from its own node only, and "
                 f'the cluster has {nodes}: set "0.0.0.0"'
             )
+        check_versions(settings)
         store = Store(settings.store)
         require_key(settings, store)
         store.close()
@@ -142,9 +142,10 @@ class RayStack(Parts):
 
     def states(self) -> dict[str, str]:
         """The state of each part, the engine first."""
-        return {
-            name: self._told.get(name, "not asked yet") for name in sorted(self._parts, key=order)
-        }
+        found = dict.fromkeys(self._parts, "not asked yet")
+        for told in self._told.values():
+            found |= told
+        return {name: found[name] for name in sorted(found, key=order)}
 
     async def _ready(self) -> None:
         while "proxy" not in self._seen or not is_up(await self.health(), self.engine_urls):
@@ -268,11 +269,11 @@ class RayStack(Parts):
             async with asyncio.timeout(_ANSWER_S):
                 seen: Seen = await self._actors[name].seen.remote()
         except TimeoutError:
-            self._told[name] = "its node does not answer"
+            self._told[name] = {name: "its node does not answer"}
         except self._ray.exceptions.RayError as error:
-            self._told[name] = f"Ray starts it again: {type(error).__name__}"
+            self._told[name] = {name: f"Ray starts it again: {type(error).__name__}"}
         else:
-            self._seen[name], self._told[name] = seen, seen.state
+            self._seen[name], self._told[name] = seen, {name: seen.state, **seen.versions}
             if name == "proxy" and self.settings.proxy.host in _ANYWHERE:
                 proxy = replace(self.settings.proxy, host=seen.address)
                 self.settings = replace(self.settings, proxy=proxy)

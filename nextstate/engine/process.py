@@ -36,7 +36,7 @@ _NUMA = "libnuma.so.1"
 _COMPILES_NOT = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
 """With one of these at 1 torch compiles nothing."""
 _OWN_VARIABLES = "VLLM_"
-_VISIBLE = "CUDA_VISIBLE_DEVICES"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 _GPU_SHARE = 0.92
 """vLLM's own default."""
 _CACHE_PART = 4
@@ -113,7 +113,7 @@ def gpu_share(config: EngineConfig, inherited: Mapping[str, str]) -> float:
 
     Raises ConfigError if it is not a number.
     """
-    elsewhere = config.env.get(_VISIBLE, inherited.get(_VISIBLE)) != inherited.get(_VISIBLE)
+    elsewhere = config.env.get(VISIBLE, inherited.get(VISIBLE)) != inherited.get(VISIBLE)
     if config.mode != "managed" or elsewhere or on_cpu():
         return 0.0
     name = "--gpu-memory-utilization"
@@ -187,7 +187,7 @@ def check_replicas(config: EngineConfig) -> None:
     given = f"names {len(devices)} of them" if devices else "does not name them"
     raise ConfigError(
         f"[engine] replicas = {config.replicas} divide the GPUs that [engine] env names, and it "
-        f'{given}: name as many for each, such as env = {{ {_VISIBLE} = "0,1" }}'
+        f'{given}: name as many for each, such as env = {{ {VISIBLE} = "0,1" }}'
     )
 
 
@@ -198,11 +198,21 @@ def of_replica(config: EngineConfig, number: int) -> EngineConfig:
     if config.replicas == 1 or not share:
         return config
     own = ",".join(devices[number * share : (number + 1) * share])
-    return replace(config, env={**config.env, _VISIBLE: own})
+    return replace(config, env={**config.env, VISIBLE: own})
+
+
+def without_gpus(config: EngineConfig) -> EngineConfig:
+    """The configuration where somebody else gives each server its GPUs."""
+    return replace(config, env={n: v for n, v in config.env.items() if n != VISIBLE})
+
+
+def on_other_gpus(config: EngineConfig) -> EngineConfig:
+    """The configuration where no server sees the GPUs that this process sees."""
+    return replace(config, env={**config.env, VISIBLE: ""})
 
 
 def _devices(config: EngineConfig) -> list[str]:
-    return [name.strip() for name in config.env.get(_VISIBLE, "").split(",") if name.strip()]
+    return [name.strip() for name in config.env.get(VISIBLE, "").split(",") if name.strip()]
 
 
 def port_is_free(host: str, port: int) -> bool:

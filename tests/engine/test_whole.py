@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -19,15 +21,49 @@ from nextstate.app.supervisor import Child
 from nextstate.engine.adapter_files import MODEL_FILE, folder_sha256
 from nextstate.engine.client import EngineClient, publish, publish_candidate, withdraw
 from nextstate.engine.process import free_port
-from nextstate.engine.whole import PROBE_FILE, WholeEngine, read_engines
+from nextstate.engine.whole import (
+    PROBE_FILE,
+    UP,
+    WholeEngine,
+    engine_of,
+    read_engines,
+    write_engine,
+)
 from nextstate.errors import AdapterError, EngineError
 from nextstate.records import WHOLE_MODEL, PolicyVersion, VersionState
 from nextstate.store import Store
 from nextstate.store.versions import base_version
+from proxy.intervals import INTERVALS
+from proxy.replica import Replica
+from proxy.whole_engines import Router, WholeEngines
 from tests.proxy.running_proxy import Running, request, running, until
 from tests.scripted_engine import MODEL, scripted_engine
 
 SERVER = (sys.executable, "-m", "tests.engine.whole_server")
+
+
+def add_version(
+    store: Store,
+    parent: Path,
+    number: int,
+    state: VersionState = VersionState.CANDIDATE,
+    model: Path | None = None,
+) -> PolicyVersion:
+    """A version to probe, with a `model`'s files or with a file instead of weights."""
+    folder = parent / f"v{number}"
+    if model is None:
+        folder.mkdir()
+        (folder / MODEL_FILE).write_bytes(folder.name.encode())
+    else:
+        shutil.copytree(model, folder)
+    probe = {"prompt": [3, number], "tokens": [5, 6], "logprobs": [-0.5 - number, -2.0]}
+    (folder / PROBE_FILE).write_text(json.dumps({"probes": [probe]}))
+    sha256 = folder_sha256(folder)
+    version = PolicyVersion(
+        "main", number, number - 1, str(folder), sha256, 16, state, {WHOLE_MODEL: 1.0}
+    )
+    store.versions.add(version, None)
+    return version
 
 
 @dataclass
@@ -46,25 +82,9 @@ class World:
 
     def version(self, number: int, **files: str) -> PolicyVersion:
         """A candidate with a file instead of weights; `files` say how its engine fails."""
-        folder = self.folder / f"v{number}"
-        folder.mkdir()
-        (folder / MODEL_FILE).write_bytes(folder.name.encode())
-        probe = {"prompt": [3, number], "tokens": [5, 6], "logprobs": [-0.5 - number, -2.0]}
-        (folder / PROBE_FILE).write_text(json.dumps({"probes": [probe]}))
-        sha256 = folder_sha256(folder)
+        version = add_version(self.store, self.folder, number)
         for name, text in files.items():
-            (folder / f".{name}").write_text(text)
-        version = PolicyVersion(
-            "main",
-            number,
-            number - 1,
-            str(folder),
-            sha256,
-            16,
-            VersionState.CANDIDATE,
-            {WHOLE_MODEL: 1.0},
-        )
-        self.store.versions.add(version, None)
+            (self.folder / f"v{number}" / f".{name}").write_text(text)
         return version
 
     def make(self, engine: WholeEngine) -> tuple[Child, str]:
@@ -331,6 +351,49 @@ def test_a_restart_of_the_proxy_finds_the_version_and_its_engine(
             assert (status, headers["x-nextstate-version"]) == (200, "1")
 
     within(test, store, tmp_path)
+
+
+def test_an_engine_that_a_killed_pool_has_left_is_started_again_when_it_is_asked_for(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(w: World) -> None:
+        version = w.version(1)
+        left = replace(engine_of(version), state=UP, url=f"http://127.0.0.1:{free_port()}")
+        write_engine(store.dir, left)
+        await w.publish(version)
+        await w.serves(1)
+        assert await w.asked() == 1
+
+    within(test, store, tmp_path)
+
+
+def test_a_proxy_follows_no_engine_that_is_not_on_the_machine_of_its_base(
+    store: Store, tmp_path: Path
+) -> None:
+    versions = [add_version(store, tmp_path, number) for number in (1, 2)]
+    for version, host in zip(versions, ("10.0.0.1", "10.0.0.2"), strict=True):
+        write_engine(store.dir, replace(engine_of(version), state=UP, url=f"http://{host}:1"))
+    followed = list[str]()
+
+    class Added:
+        def add(self, replica: Replica) -> None:
+            followed.append(replica.client.url)
+
+        def remove(self, replica: Replica) -> None: ...
+
+        def changed(self, replica: Replica) -> None: ...
+
+    async def run() -> None:
+        base = EngineClient("http://10.0.0.2:9", MODEL)
+        engines = WholeEngines(store.dir, base, {}, INTERVALS, cast(Router, Added()))
+        async with asyncio.TaskGroup() as tasks:
+            engines.start(tasks)
+            await engines.follow(versions)
+            await engines.close()
+        await base.close()
+
+    asyncio.run(run())
+    assert followed == ["http://10.0.0.2:1"]
 
 
 def test_an_engine_for_adapters_refuses_a_whole_model(store: Store, tmp_path: Path) -> None:

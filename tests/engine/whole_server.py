@@ -56,12 +56,12 @@ class WholeServer(scripted_engine.ScriptedEngine):
             self.running -= 1
 
 
-async def serve(port: int, folder: Path) -> None:
+async def serve(port: int, folder: Path, host: str) -> None:
     server = WholeServer()
     server.folder = folder
     runner = web.AppRunner(server.app())
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", port).start()
+    await web.TCPSite(runner, host, port).start()
     while True:
         waits = (folder / ".waits").exists()
         if waits and server.script.gate is None:
@@ -72,12 +72,12 @@ async def serve(port: int, folder: Path) -> None:
         await asyncio.sleep(0.02)
 
 
-def main(port: str, name: str, folder: str) -> None:
+def main(port: str, name: str, folder: str, host: str = "127.0.0.1") -> None:
     if Path(folder, ".dies").exists():
         print("ValueError: these weights cannot be read")
         sys.exit(1)
     scripted_engine.MODEL = name
-    asyncio.run(serve(int(port), Path(folder)))
+    asyncio.run(serve(int(port), Path(folder), host))
 
 
 if __name__ == "__main__":
