@@ -9,15 +9,13 @@ lends its shares that way (`Ranks.join_pass`). What it reads so counts nowhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-
-from learner.ranks import Ranks
 
 
 def decoder_layers(model: Any) -> Sequence[nn.Module]:
@@ -46,28 +44,21 @@ def divide(model: Any, device: torch.device, count: int) -> None:
     model.to(device)
     divided = {weight for layer in layers for weight in layer.parameters()}
     whole = {weight for weight in model.parameters() if weight not in divided}
-    # It has no weights of its own then, but with it a layer is fetched while the one before computes.
+    # With a root, even one without weights, a layer is fetched while the one before it computes.
     fully_shard(model.base_model, mesh=mesh, ignored_params=whole)
 
 
-def join_passes(
-    ranks: Ranks,
-    backbone: nn.Module,
-    read: Callable[[Tensor, Tensor], Any],
-    trained: Sequence[nn.Parameter],
-    device: torch.device,
-) -> None:
-    """From now on each pass of the backbone is one of all ranks.
-
-    `read` makes one from ids and mask, both (R, L); `trained` are the weights with a gradient.
-    """
-    token = torch.ones((1, 1), dtype=torch.long, device=device)
+def join_passes(trainer: Any) -> None:
+    """From now on each pass over the base of a `PolicyTrainer` is one of all its ranks."""
+    token = torch.ones((1, 1), dtype=torch.long, device=trainer.args.device)
 
     def lend(with_gradient: bool) -> None:
         with torch.set_grad_enabled(with_gradient):
-            states = read(token, token).last_hidden_state
+            states = trainer.read(token, token).last_hidden_state
             if with_gradient:  # it is left out of the weights' own
-                torch.autograd.grad(states.sum(), trained, allow_unused=True)
+                torch.autograd.grad(states.sum(), trainer.trained, allow_unused=True)
 
-    ranks.lend = lend
-    backbone.register_forward_pre_hook(lambda *_: ranks.join_pass(), prepend=True)
+    trainer.ranks.lend = lend
+    backbone = trainer.policy.get_base_model().base_model
+    backbone.register_forward_pre_hook(lambda *_: trainer.ranks.join_pass(), prepend=True)
+    trainer.weights.change()  # reads the layers' norms, which all ranks must sum up together

@@ -69,8 +69,9 @@ def started(
     """Inside the block this process is rank 0 of `count`; its children, the others, run `follow`.
 
     `follow` is pickled. `on_loss` is called when another rank ends. The ranks find each other by
-    `file`, which only this process may use. `backend` is torch's name of what sums. Raises LostRankError at the block's end if a rank was
-    lost in it, and RuntimeError inside another such block: a process has one group for sums.
+    `file`, which only this process may use. `backend`: torch's name for what carries tensors.
+    Raises LostRankError at the block's end if a rank was lost in it, and RuntimeError inside
+    another such block: a process has one group for sums.
     """
     if count == 1:
         yield Ranks()

@@ -118,8 +118,8 @@ class Ranks:
     def join_pass(self) -> None:
         """Called before each pass over a divided base, which all ranks make together.
 
-        Inside `all` each rank may have a pass of its own to make; elsewhere only rank 0 has, without
-        a gradient. Raises what another rank has met with.
+        Inside `all` each rank may have a pass of its own to make; elsewhere only rank 0 has, and
+        without a gradient. Raises what another rank has met with.
         """
         if self._lends:
             return

@@ -87,9 +87,7 @@ def run(
         file = lineage_folder(root, lineages[0]) / "ranks"  # whose lock we hold
         on_gpus = config.divided and pick_device(config).type == "cuda"
         backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"  # layers come from GPU to GPU
-        ranks = opened.enter_context(
-            started(config.ranks, work, stop.set, file, backend=backend)
-        )
+        ranks = opened.enter_context(started(config.ranks, work, stop.set, file, backend=backend))
         trainer = _trainer(config, model_path, root, engine_dtype, schedule, ranks)
         shared = SharedTrainer(trainer, lineages)
         learners = [

@@ -145,9 +145,7 @@ class PolicyTrainer(GRPOTrainer):
         self.current_gradient_accumulation_steps = 1  # TRL's loss divides by it
         self.head = head_of(self.policy)
         if config.divided:
-            backbone = causal_model(self.policy).base_model
-            join_passes(self.ranks, backbone, self.read, self.trained, self.args.device)
-            self.weights.change()  # the layers' norms, which all ranks must sum up together
+            join_passes(self)
 
     def update(self, samples: Sequence[Sample], lags: Mapping[int, int]) -> UpdateResult:
         """Takes the optimizer steps of one update on the samples.
@@ -497,7 +495,6 @@ def build_trainer(
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     if config.threads:
         torch.set_num_threads(config.threads)
-    ranks = ranks or Ranks()
     load = partial(load_model, config, model_path)
-    model = ranks.in_turn(load) if config.divided else load()
+    model = ranks.in_turn(load) if ranks and config.divided else load()
     return PolicyTrainer(config, model, load_tokenizer(model_path), work_dir, ranks)

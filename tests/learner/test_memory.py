@@ -79,12 +79,12 @@ def test_weights_optimizer_and_snapshots_are_counted_by_hand(
 ) -> None:
     needed = WEIGHTS + ADAPTER * 4 * 4 + snapshots * ADAPTER * 4 * 3
     monkeypatch.setattr(memory, "free_ram", lambda: needed)
-    assert "needs 0.00 GB for the base" in require_memory(CONFIG, model_path, lineages)
+    assert "needs 0.00 GB for the base" in require_memory(CONFIG, model_path, lineages)[1]
     monkeypatch.setattr(memory, "free_ram", lambda: needed - 1)
     with pytest.raises(StartError, match=r"alone, and 0\.00 GB are free: lower .*lora_rank"):
         require_memory(CONFIG, model_path, lineages)
     monkeypatch.setattr(memory, "free_ram", lambda: None)
-    assert "does not say what is free" in require_memory(CONFIG, model_path, lineages)
+    assert "does not say what is free" in require_memory(CONFIG, model_path, lineages)[1]
 
 
 def test_on_a_gpu_the_engines_share_is_not_free_and_snapshots_are_in_the_machines_memory(
