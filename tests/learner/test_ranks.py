@@ -123,14 +123,6 @@ def test_the_ranks_listen_on_the_loopback_interface_only(three):
     assert "0" * 32 not in first
 
 
-def test_different_passes_at_once_are_an_error(tmp_path):
-    with (
-        pytest.raises(RuntimeError, match="different passes over a divided base"),
-        started(2, act_until_the_end, lambda: None, tmp_path / "f") as ranks,
-    ):
-        shared(ranks, "different passes")
-
-
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     gpu = torch.device("cuda", 0)
