@@ -35,7 +35,7 @@ from learner.model import (
     pick_dtype,
 )
 from learner.trainer import PolicyTrainer
-from nextstate.errors import StartError
+from nextstate.errors import NoRoomError, StartError
 from nextstate.free_memory import free_ram, kib
 
 GB = 1e9
@@ -96,10 +96,16 @@ def require_memory(
     try:
         return config, _required(config, sizes, device, lineages, engine_share)
     except StartError:
-        if config.ranks == 1 or not sizes.layers or config.divided:
+        if config.divided or config.ranks == 1 or not sizes.layers:
             raise
     config = replace(config, divided=True)
     return config, _required(config, sizes, device, lineages, engine_share)
+
+
+def can_divide(config: LearnerConfig, model_path: str) -> bool:
+    """Whether the ranks hold a whole base each, and could divide it."""
+    can = config.ranks > 1 and not config.divided
+    return can and _sizes(config, model_path, pick_device(config)).layers > 0
 
 
 def _required(
@@ -137,7 +143,7 @@ def _required(
 def try_largest_batch(trainer: PolicyTrainer) -> tuple[int, int]:
     """Tries the largest batch before any sample is leased. Returns its rows and tokens.
 
-    Raises StartError if memory is too small for it. On a CPU an allocation past what is free fails
+    Raises NoRoomError if memory is too small for it. On a CPU an allocation past what is free fails
     here, where Linux would otherwise kill the process later. There a whole pass may take minutes,
     so it is left out if a shorter one shows that memory is far from full. A tenth stays free:
     without it the kernel takes its page cache from vLLM and everybody else, and the machine stands
@@ -158,7 +164,7 @@ def try_largest_batch(trainer: PolicyTrainer) -> tuple[int, int]:
             "allocate memory" not in reason
         ):
             raise
-        raise StartError(f"the largest possible batch does not fit: {reason}; {REMEDY}") from error
+        raise NoRoomError(f"the largest possible batch does not fit: {reason}; {REMEDY}") from error
 
 
 def largest_batch(trainer: PolicyTrainer) -> tuple[int, int]:

@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from learner.tensors import sequence_length, sequences_of
-from nextstate.errors import LearnerError, LostRankError, StartError
+from nextstate.errors import LearnerError, LostRankError, NoRoomError, StartError
 from nextstate.records import Sample
 
 _Found = TypeVar("_Found")
 _LEND = "lend"
-SHARED_ERRORS = (StartError, LearnerError)
+SHARED_ERRORS = (NoRoomError, StartError, LearnerError)
 """Errors that mean the same on every rank, whichever met them. Any other one ends the learner."""
 
 

@@ -19,10 +19,11 @@ import torch.distributed as dist
 from learner import lineage, rank_processes, stage
 from learner.config import LearnerConfig
 from learner.divided import decoder_layers
+from learner.memory import try_largest_batch
 from learner.ranks import Ranks
 from learner.trainer import PolicyTrainer
 from nextstate.config import StoreConfig
-from nextstate.errors import EXIT_LATER, LostRankError
+from nextstate.errors import EXIT_LATER, LostRankError, NoRoomError
 from nextstate.records import PolicyVersion
 from nextstate.store import Store
 from tests.learner.forked import processes
@@ -178,6 +179,26 @@ def unharmed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str | 
     model_path = save_tiny_model(tmp_path_factory.mktemp("model"))
     recorded, _, _ = trained(tmp_path_factory.mktemp("unharmed"), model_path)
     return model_path, [v.sha256 for v in recorded.store.versions.all("main")]
+
+
+@pytest.mark.timeout(600)
+def test_a_base_that_leaves_no_room_for_a_batch_is_divided_and_makes_the_same_versions(
+    tmp_path, unharmed, monkeypatch
+):
+    model_path, expected = unharmed
+    tried = []
+
+    def attempt(trainer: PolicyTrainer) -> tuple[int, int]:
+        tried.append(trainer.config.divided)
+        if not trainer.config.divided:
+            raise NoRoomError("it does not fit")
+        return try_largest_batch(trainer)
+
+    monkeypatch.setattr(stage, "try_largest_batch", attempt)
+    recorded, turns, _ = trained(tmp_path / "state", model_path)
+    assert tried == [False, True]
+    assert recorded.trained_in() == dict(zip(turns, [1] * 16 + [2] * 16, strict=True))
+    assert [v.sha256 for v in recorded.store.versions.all("main")] == expected
 
 
 FAULTS = [
