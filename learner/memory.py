@@ -128,7 +128,7 @@ def _required(
     else:
         in_ram += (base + adapter) * count
     if config.divided:  # each rank in its turn reads a whole base into the machine's memory
-        others = 0 if device.type == "cuda" else (sizes.base - sizes.layers) * (count - 1)
+        others = 0 if device.type == "cuda" else base * (count - 1)
         in_ram = max(in_ram, sizes.base + others)
     _require(in_ram, ram, "in the machine's memory")
     known = "this system does not say what is free" if ram is None else f"{_gb(ram)} GB of RAM free"
