@@ -426,8 +426,7 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
     log.info("training %s", needs)
     if share and pick_device(config).type == "cuda":
         wait_for_engine(settings, stop)
-    store = Store(settings.store, patience=patience)
-    path = zero_adapter(settings)
+    store, path = Store(settings.store, patience=patience), zero_adapter(settings)
     if not ((path / CARD_FILE).exists() or config.trains_all):
         save_zero_adapter(model_path, config, path)
 

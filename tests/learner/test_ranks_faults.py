@@ -110,7 +110,8 @@ def learner_with_fault(
     state_dir: str, model_path: str, config: LearnerConfig, rank: int, point: str, number: int
 ) -> None:
     """Rank 0 of two, as a process of its own."""
-    stage.started = partial(rank_processes.started, hang_s=_HANG_S)  # type: ignore[assignment]
+    if number == signal.SIGSTOP:
+        stage.started = partial(rank_processes.started, hang_s=_HANG_S)  # type: ignore[assignment]
     reached = reached_in(state_dir)
     stage.follow = partial(follow, reached, rank, point, number)  # type: ignore[assignment]
     if (rank, point) == (1, "save"):
