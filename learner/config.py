@@ -70,6 +70,9 @@ class Recipe:
     """Writes metrics as TensorBoard's event files too, in the lineage's folder."""
     idle_patience_s: _NotNegative = 60.0
     """`idle`: after this long behind a busy engine one micro-batch goes ahead."""
+    divided: bool = False
+    """Each of the ranks holds a share of the base's layers instead of a whole base: set where that
+    would not fit (`learner/memory.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +123,8 @@ class LearnerConfig(Recipe):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`cpu` or `cuda`, the first GPU that the process sees; auto takes a GPU if there is one."""
     ranks: _Count = 1
-    """Processes that take each update together, each with a device and a copy of the base; see
-    docs/scale.md."""
+    """Processes that take each update together, each with a device. Each holds the whole base, or
+    where that does not fit, a share of it; see docs/scale.md."""
     gradient_checkpointing: bool = True
     """Computes activations twice instead of keeping them: a third more time, and for long turns a
     tenth of the memory."""

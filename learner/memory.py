@@ -1,9 +1,9 @@
 """Whether training fits into memory: a short sum before loading, then one trial pass.
 
 The sum counts what is certain to be held: the base, the adapter with gradients and AdamW's moments,
-and the snapshots. It stops a learner that can only be killed for memory, again after every restart.
-What a forward and backward pass needs is found out by one pass over the largest batch, or on a CPU
-by a short one if that is enough to know.
+and the snapshots. It decides whether the ranks divide the base. It stops a learner that can only be
+killed for memory, again after every restart. What a forward and backward pass needs is found out by
+one pass over the largest batch, or on a CPU by a short one if that is enough to know.
 """
 # pyright: basic
 
@@ -14,6 +14,7 @@ import logging
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from learner.config import LearnerConfig
+from learner.divided import decoder_layers
 from learner.model import (
     check_devices,
     check_quantization,
@@ -33,7 +35,7 @@ from learner.model import (
     pick_dtype,
 )
 from learner.trainer import PolicyTrainer
-from nextstate.errors import StartError
+from nextstate.errors import NoRoomError, StartError
 from nextstate.free_memory import free_ram, kib
 
 GB = 1e9
@@ -41,6 +43,9 @@ _TRAINED_BYTES = 4 * 4
 """Of one float32 adapter weight: itself, its gradient and AdamW's two moments."""
 _SNAPSHOT_BYTES = 4 * 3
 """Of one adapter weight in a snapshot: itself and the two moments."""
+_GATHERED = 3
+"""Layers of a divided base that a pass holds as a whole: the one that computes, the buffer in which
+it came from the other ranks, and the next one."""
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of one weight in 4 bits: its scales are a byte for 64 weights and 4 bytes for 256 of those."""
 _SHORT_PASSES = (128, 1024)
@@ -53,35 +58,84 @@ _UNFUSED = "aten::_scaled_dot_product_attention_math"
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Of a model that is to be trained."""
+
+    base: int
+    """Bytes of the frozen base."""
+    layers: int
+    """Bytes of its layers, as far as ranks can divide them."""
+    layer: int
+    """Bytes of the largest of them."""
+    adapter: int
+    """The number of the adapter's weights."""
+
+    def base_on(self, config: LearnerConfig) -> int:
+        """Bytes of the base that each rank holds in a pass."""
+        if not config.divided:
+            return self.base
+        return self.base - self.layers + self.layers // config.ranks + _GATHERED * self.layer
+
+
 def require_memory(
     config: LearnerConfig, model_path: str, lineages: int = 1, engine_share: float = 0.0
-) -> str:
+) -> tuple[LearnerConfig, str]:
     """What weights, optimizer and snapshots need and what is free, in one line.
 
-    Each rank holds all of it but the snapshots, of which others than the first hold one.
+    Each rank holds all of it but the snapshots, of which others than the first hold one. If that
+    does not fit, the ranks divide the base: the configuration that is returned says so.
     `engine_share` is the fraction of the first GPU that the engine takes. Raises StartError if it
-    does not fit, with the numbers and the keys that reduce them, and StartError or ConfigError for
-    a model that cannot be trained.
+    does not fit either way, with the numbers and the keys that reduce them, and StartError or
+    ConfigError for a model that cannot be trained.
     """
-    device, where = pick_device(config), "on the GPU"
-    if config.ranks > 1:
-        where = f"{where} of each of the {config.ranks} ranks, which do not share the base,"
-    weights, adapter = _sizes(config, model_path, device)
-    snapshots = adapter * _SNAPSHOT_BYTES * (config.ranks + (lineages if lineages > 1 else 0))
-    trained, ram = weights + adapter * _TRAINED_BYTES, free_ram()
+    device = pick_device(config)
+    sizes = _sizes(config, model_path, device)
     if device.type == "cuda":
         check_devices(config, device)
-        for rank in range(config.ranks):
+    try:
+        return config, _required(config, sizes, device, lineages, engine_share)
+    except StartError:
+        if config.divided or config.ranks == 1 or not sizes.layers:
+            raise
+    config = replace(config, divided=True)
+    return config, _required(config, sizes, device, lineages, engine_share)
+
+
+def can_divide(config: LearnerConfig, model_path: str) -> bool:
+    """Whether the ranks hold a whole base each, and could divide it."""
+    can = config.ranks > 1 and not config.divided
+    return can and _sizes(config, model_path, pick_device(config)).layers > 0
+
+
+def _required(
+    config: LearnerConfig, sizes: _Sizes, device: torch.device, lineages: int, engine_share: float
+) -> str:
+    """The line of `require_memory`. Raises StartError if it does not fit as configured."""
+    count, base, ram = config.ranks, sizes.base_on(config), free_ram()
+    adapter = sizes.adapter * _TRAINED_BYTES
+    snapshots = sizes.adapter * _SNAPSHOT_BYTES * (count + (lineages if lineages > 1 else 0))
+    in_ram = snapshots
+    if device.type == "cuda":
+        where = "on the GPU"
+        if count > 1:
+            how = "divide" if config.divided else "do not share"
+            where = f"{where} of each of the {count} ranks, which {how} the base,"
+        for rank in range(count):
             free, total = torch.cuda.mem_get_info(torch.device("cuda", rank))
             share = 0.0 if rank else engine_share
-            _require(trained, min(free, int(total * (1 - share))), where)
-        _require(snapshots, ram, "in the machine's memory")
+            _require(base + adapter, min(free, int(total * (1 - share))), where)
     else:
-        _require(trained * config.ranks + snapshots, ram, "in the machine's memory")
+        in_ram += (base + adapter) * count
+    if config.divided:  # each rank in its turn reads a whole base into the machine's memory
+        others = 0 if device.type == "cuda" else base * (count - 1)
+        in_ram = max(in_ram, sizes.base + others)
+    _require(in_ram, ram, "in the machine's memory")
     known = "this system does not say what is free" if ram is None else f"{_gb(ram)} GB of RAM free"
+    divided = f" that is divided, which has {_gb(sizes.base)} GB" if config.divided else ""
     return (
-        f"needs {_gb(weights)} GB for the base, {_gb(adapter * _TRAINED_BYTES)} GB for the adapter "
-        f"with gradients and AdamW{', each for every rank' if config.ranks > 1 else ''}, "
+        f"needs {_gb(base)} GB for the base{divided}, {_gb(adapter)} GB for the adapter with "
+        f"gradients and AdamW{', each for every rank' if count > 1 else ''}, "
         f"{_gb(snapshots)} GB for snapshots, and the passes; {known}"
     )
 
@@ -89,7 +143,7 @@ def require_memory(
 def try_largest_batch(trainer: PolicyTrainer) -> tuple[int, int]:
     """Tries the largest batch before any sample is leased. Returns its rows and tokens.
 
-    Raises StartError if memory is too small for it. On a CPU an allocation past what is free fails
+    Raises NoRoomError if memory is too small for it. On a CPU an allocation past what is free fails
     here, where Linux would otherwise kill the process later. There a whole pass may take minutes,
     so it is left out if a shorter one shows that memory is far from full. A tenth stays free:
     without it the kernel takes its page cache from vLLM and everybody else, and the machine stands
@@ -110,7 +164,7 @@ def try_largest_batch(trainer: PolicyTrainer) -> tuple[int, int]:
             "allocate memory" not in reason
         ):
             raise
-        raise StartError(f"the largest possible batch does not fit: {reason}; {REMEDY}") from error
+        raise NoRoomError(f"the largest possible batch does not fit: {reason}; {REMEDY}") from error
 
 
 def largest_batch(trainer: PolicyTrainer) -> tuple[int, int]:
@@ -165,8 +219,7 @@ def held_by_pass(trainer: PolicyTrainer, rows: int, tokens: int) -> tuple[int, s
     return max(accumulate(changes), default=0), {event.name() for event in events}
 
 
-def _sizes(config: LearnerConfig, model_path: str, device: torch.device) -> tuple[int, int]:
-    """Bytes of the frozen base, and the number of the adapter's weights."""
+def _sizes(config: LearnerConfig, model_path: str, device: torch.device) -> _Sizes:
     check_quantization(config, device)
     base: Any = model_shape(config, model_path)
     head = base.get_output_embeddings()
@@ -176,10 +229,13 @@ def _sizes(config: LearnerConfig, model_path: str, device: torch.device) -> tupl
         linear = [m.weight for m in base.modules() if isinstance(m, nn.Linear) and m is not head]
         weights -= int(sum(p.numel() for p in linear) * (width - _NF4_BYTES))
     if config.trains_all:
-        return weights, sum(p.numel() for p in base.parameters())
+        return _Sizes(weights, 0, 0, sum(p.numel() for p in base.parameters()))
+    whole = decoder_layers(base) if config.quantization == "none" else ()
+    layers = [sum(p.numel() for p in layer.parameters()) * width for layer in whole]
     with torch.device("meta"):
         model = get_peft_model(base, lora_config(config))
-    return weights, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return _Sizes(weights, sum(layers), max(layers, default=0), adapter)
 
 
 def _require(needed: float, free: int | None, where: str) -> None:

@@ -22,11 +22,15 @@ from transformers import (
 )
 
 from learner.config import ALL_LINEAR, LearnerConfig
+from learner.divided import divide
 from nextstate.errors import ConfigError, StartError
 
 
 def load_model(config: LearnerConfig, model_path: str) -> PreTrainedModel:
-    """The frozen base on its device. Raises StartError or ConfigError, naming the key to fix."""
+    """The frozen base on its device, or this rank's share of it where `config.divided`.
+
+    Raises StartError or ConfigError, naming the key to fix.
+    """
     device = pick_device(config)
     check_quantization(config, device)
     dtype = pick_dtype(config, device)
@@ -42,6 +46,9 @@ def load_model(config: LearnerConfig, model_path: str) -> PreTrainedModel:
         options = {}
     model = _local(AutoModelForCausalLM, model_path, dtype=dtype, use_safetensors=True, **options)
     _check_targets(config, model)
+    if config.divided:
+        divide(model, device, config.ranks)
+        return model
     return model if options else model.to(device)
 
 

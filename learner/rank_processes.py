@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -49,6 +50,8 @@ _MEET_TIMEOUT = timedelta(minutes=2)
 """Of connecting and of a sum of gradients, which all ranks begin at once and which take a moment. A
 rank that met with an error instead says so only after it; a silent one is killed earlier."""
 _END_S = 10.0
+_NOTICE_S = 5.0
+"""How long it takes at most to notice that a rank has ended."""
 _PR_SET_PDEATHSIG = 1
 """Of prctl(2): the signal that a process gets when the thread that started it ends."""
 
@@ -60,12 +63,15 @@ def started(
     on_loss: Callable[[], object],
     file: Path,
     hang_s: int = HANG_S,
+    *,
+    backend: str = "gloo",
 ) -> Iterator[Ranks]:
     """Inside the block this process is rank 0 of `count`; its children, the others, run `follow`.
 
     `follow` is pickled. `on_loss` is called when another rank ends. The ranks find each other by
-    `file`, which only this process may use. Raises LostRankError at the block's end if a rank was
-    lost in it, and RuntimeError inside another such block: a process has one group for sums.
+    `file`, which only this process may use. `backend`: torch's name for what carries tensors.
+    Raises LostRankError at the block's end if a rank was lost in it, and RuntimeError inside
+    another such block: a process has one group for sums.
     """
     if count == 1:
         yield Ranks()
@@ -73,28 +79,32 @@ def started(
     if dist.is_initialized():  # here, since the children would wait for us to join
         raise RuntimeError("this process has ranks already")
     file.unlink(missing_ok=True)  # a killed learner's
-    children = _Children(count, follow, on_loss, file, hang_s)
+    children = _Children(count, partial(_run, follow, file, hang_s, backend), on_loss, hang_s)
     try:
         ranks = Ranks(0, count, children.links)
-        join(ranks, file)
+        join(ranks, file, backend)
         yield ranks
         children.require_all()
+    except RuntimeError:  # torch's, if another rank ends in a pass over a divided base
+        children.require_all(_NOTICE_S)
+        raise
     finally:
         children.end()
         _leave()
         file.unlink(missing_ok=True)
 
 
-def join(ranks: Ranks, file: Path) -> None:
+def join(ranks: Ranks, file: Path, backend: str) -> None:
     """Connects the ranks for sums, over the loopback interface only."""
     ranks.all(lambda: ())  # all are there: what follows takes no longer than a moment
     logging.getLogger("transformers.training_args").setLevel(logging.ERROR)  # it expects torchrun
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ[name] = "lo0" if sys.platform == "darwin" else "lo"
     store = FileStore(str(file), ranks.count)
     store.set_timeout(_MEET_TIMEOUT)
     ranks.together(
         lambda: dist.init_process_group(
-            "gloo", store=store, rank=ranks.rank, world_size=ranks.count, timeout=_MEET_TIMEOUT
+            backend, store=store, rank=ranks.rank, world_size=ranks.count, timeout=_MEET_TIMEOUT
         )
     )
 
@@ -110,30 +120,29 @@ class _Children:
     def __init__(
         self,
         count: int,
-        follow: Callable[[Ranks], None],
+        live: Callable[..., None],
         on_loss: Callable[[], object],
-        file: Path,
         hang_s: int,
     ) -> None:
+        """`live`: `_run` with its first arguments."""
         self.links: list[Connection] = []
         self._on_loss = on_loss
         self._processes: list[BaseProcess] = []
         self._signs: list[Connection] = []
         self._lost: list[str] = []
+        self._noticed = threading.Event()
         self._ends = threading.Event()
         for rank in range(1, count):
-            self._start(rank, count, follow, file, hang_s)
+            self._start(rank, count, live, hang_s)
 
-    def _start(
-        self, rank: int, count: int, follow: Callable[[Ranks], None], file: Path, hang_s: int
-    ) -> None:
+    def _start(self, rank: int, count: int, live: Callable[..., None], hang_s: int) -> None:
         spawning = multiprocessing.get_context("spawn")
         # On Linux and macOS; the types say what Windows returns.
         ours, theirs = cast("tuple[Connection, Connection]", spawning.Pipe())
         our_signs, their_signs = cast("tuple[Connection, Connection]", spawning.Pipe())
         child = spawning.Process(
-            target=_run,
-            args=(rank, count, follow, theirs, their_signs, file, hang_s, egress.allowed_hosts()),
+            target=live,
+            args=(rank, count, theirs, their_signs, egress.allowed_hosts()),
             name=f"rank {rank}",
         )
         with _own_device(rank), _signals_blocked():
@@ -152,12 +161,14 @@ class _Children:
             if not self._ends.is_set():
                 child.join(_END_S)
                 self._lost.append(f"rank {rank} of the learner ended with code {child.exitcode}")
+                self._noticed.set()
                 self._on_loss()
 
         _watch(our_signs, self._ends, hang_s, kill, lost)
 
-    def require_all(self) -> None:
-        """Raises LostRankError if a rank has ended."""
+    def require_all(self, within_s: float = 0.0) -> None:
+        """Raises LostRankError if a rank has ended, or is seen to within that time."""
+        self._noticed.wait(within_s)
         if self._lost:
             raise LostRankError(f"{'; '.join(self._lost)}: the learner starts again")
 
@@ -174,13 +185,14 @@ class _Children:
 
 
 def _run(
-    rank: int,
-    count: int,
     follow: Callable[[Ranks], None],
-    link: Connection,
-    signs: Connection,
     file: Path,
     hang_s: int,
+    backend: str,
+    rank: int,
+    count: int,
+    link: Connection,
+    signs: Connection,
     hosts: frozenset[str] | None,
 ) -> None:
     """The whole life of another rank."""
@@ -199,7 +211,7 @@ def _run(
     _watch(signs, threading.Event(), hang_s, kill_parent, lambda: os._exit(1))
     ranks, code = Ranks(rank, count, [link]), 0
     try:
-        join(ranks, file)
+        join(ranks, file, backend)
         follow(ranks)
     except EOFError:
         pass  # rank 0 has ended, or needs no others any more

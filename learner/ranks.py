@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from learner.tensors import sequence_length, sequences_of
-from nextstate.errors import LearnerError, LostRankError, StartError
+from nextstate.errors import LearnerError, LostRankError, NoRoomError, StartError
 from nextstate.records import Sample
 
 _Found = TypeVar("_Found")
-SHARED_ERRORS = (StartError, LearnerError)
+_LEND = "lend"
+SHARED_ERRORS = (NoRoomError, StartError, LearnerError)
 """Errors that mean the same on every rank, whichever met them. Any other one ends the learner."""
 
 
@@ -45,7 +46,14 @@ class Ranks:
         """`links`: of rank 0 to each other rank, and of each other rank to rank 0."""
         self.rank = rank
         self.count = count
+        self.lend: Callable[[bool], None] | None = None
+        """Of a divided base: takes part in another rank's pass, with a gradient or without."""
         self._links = links
+        self._together = 0
+        """How many calls of `all` this process is in."""
+        self._lends = False
+        self._told: Exception | None = None
+        """The last error that all ranks know."""
 
     def tell(self, work: object) -> None:
         """Sends work from rank 0 to all others, which wait for it in `receive`."""
@@ -53,24 +61,30 @@ class Ranks:
             self._send(pickle.dumps(tree_map_only(Tensor, Tensor.cpu, work)))
 
     def receive(self) -> Any:
-        """The next work from rank 0. Raises EOFError when there will be none."""
-        try:
-            return pickle.loads(self._links[0].recv_bytes())
-        except OSError as error:  # it has ended and left something unread
-            raise EOFError from error
+        """The next work from rank 0. Raises EOFError when there will be none.
+
+        Meanwhile it takes part in the passes that rank 0 makes by itself.
+        """
+        while (work := self._received()) == _LEND:
+            self._lend(False)
+        return work
 
     def all(self, work: Callable[[], Sequence[_Found]]) -> list[_Found]:
         """What `work` returns on all ranks as one list, in their order, with tensors on the CPU.
 
         If it raises on any rank, this raises on all; too little memory is a LearnerError. Raises
-        LostRankError if a rank is gone.
+        LostRankError if a rank is gone. The ranks may make different numbers of passes in `work`.
         """
         if self.count == 1:
             return [*work()]
         raised = None
+        self._together += 1
         try:
             answer = _Answer(tree_map_only(Tensor, Tensor.cpu, [*work()]))
+            self._lend_to_others()
         except Exception as error:
+            if error is self._told:
+                raise
             raised = error
             if isinstance(error, torch.OutOfMemoryError):
                 raised = LearnerError(
@@ -79,14 +93,9 @@ class Ranks:
                 )
             kind = next((kind for kind in SHARED_ERRORS if isinstance(raised, kind)), LostRankError)
             answer = _Answer(error=(kind, str(raised)))
-        answers = self._exchange(answer)
-        if raised is not None:
-            raise raised
-        for rank, found in enumerate(answers):
-            if found.error is not None:
-                kind, text = found.error
-                raise kind(f"rank {rank} of the learner: {text}")
-        return [value for found in answers for value in found.values]
+        finally:
+            self._together -= 1
+        return self._agreed(answer, raised)
 
     def together(self, work: Callable[[], _Found]) -> _Found:
         """What `work` returns on this rank; raises on all ranks if it raises on any."""
@@ -98,6 +107,28 @@ class Ranks:
 
         self.all(act)
         return found[0]
+
+    def in_turn(self, work: Callable[[], _Found]) -> _Found:
+        """Like `together`, but one rank after the other: for what needs much of the machine."""
+        found: list[_Found] = []
+        for rank in range(self.count):
+            self.together(lambda mine=rank == self.rank: found.append(work()) if mine else None)
+        return found[0]
+
+    def join_pass(self) -> None:
+        """Called before each pass over a divided base, which all ranks make together.
+
+        Inside `all` each rank may have a pass of its own to make; elsewhere only rank 0 has, and
+        without a gradient. Raises what another rank has met with.
+        """
+        if self._lends:
+            return
+        if self._together:
+            self._meet(torch.is_grad_enabled())
+        elif self.rank == 0 and not torch.is_grad_enabled():
+            self.tell(_LEND)
+        else:
+            raise RuntimeError("a pass over a divided base that the other ranks do not know of")
 
     def sum_gradients(self, weights: Sequence[torch.nn.Parameter]) -> None:
         """Makes each weight's gradient the sum of all ranks'; None stays None if it is on all."""
@@ -132,6 +163,53 @@ class Ranks:
         """This rank's share of an update's samples."""
         return samples if self.count == 1 else deal(samples, self.count)[self.rank]
 
+    def _lend_to_others(self) -> None:
+        """Takes part in the passes of the other ranks until none has any left."""
+        while self.lend is not None and (kind := self._meet(None)) is not None:
+            self._lend(kind)
+
+    def _meet(self, mine: bool | None) -> bool | None:
+        """Waits for all ranks, each with a pass to make next, with a gradient or without, or None.
+
+        Returns which kind it is; None if no rank has any.
+        """
+        kinds = {*self._agreed(_Answer([mine]))} - {None}
+        if len(kinds) > 1:
+            raise RuntimeError("the ranks have come to different passes over a divided base")
+        return kinds.pop() if kinds else None
+
+    def _lend(self, with_gradient: bool) -> None:
+        assert self.lend is not None
+        self._lends = True
+        try:
+            self.lend(with_gradient)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise LostRankError(f"a pass of another rank failed: {error}") from error
+        finally:
+            self._lends = False
+
+    def _agreed(self, mine: _Answer, raised: Exception | None = None) -> list[Any]:
+        """The values of all ranks as one list. If any rank has an error, this raises on all.
+
+        The first that all know of is raised: a rank that is lost makes the others fail.
+        """
+        answers = self._exchange(mine)
+        errors = [(rank, *a.error) for rank, a in enumerate(answers) if a.error is not None]
+        if not errors:
+            return [value for answer in answers for value in answer.values]
+        rank, kind, text = min(errors, key=lambda e: (e[1] is LostRankError, e[0] != self.rank))
+        own = raised if rank == self.rank else None
+        self._told = own or kind(f"rank {rank} of the learner: {text}")
+        raise self._told from (None if own else raised)
+
+    def _received(self) -> Any:
+        try:
+            return pickle.loads(self._links[0].recv_bytes())
+        except OSError as error:  # it has ended and left something unread
+            raise EOFError from error
+
     def _exchange(self, mine: _Answer) -> list[_Answer]:
         """Every rank's answer, on every rank."""
         try:
@@ -140,7 +218,7 @@ class Ranks:
                 self._send(pickle.dumps(answers))
                 return answers
             self._send(pickle.dumps(mine))
-            return self.receive()
+            return self._received()
         except (EOFError, OSError) as error:
             raise LostRankError(f"a rank of the learner has ended ({error!r})") from error
 

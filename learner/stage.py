@@ -8,6 +8,7 @@ watched; when the last one must not go on, the learner ends with its error.
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -24,7 +25,7 @@ from learner.evaluator import Evaluator
 from learner.examining import Examining
 from learner.folders import lineage_folder
 from learner.lineage import Lineage, Publisher
-from learner.memory import REMEDY, try_largest_batch
+from learner.memory import REMEDY, can_divide, try_largest_batch
 from learner.metric_writers import MetricWriters, open_writers
 from learner.model import check_devices, pick_device
 from learner.rank_processes import started
@@ -32,7 +33,7 @@ from learner.ranks import Ranks
 from learner.schedule import LiveRequests, Schedule, parse_schedule
 from learner.shared_trainer import SharedTrainer
 from learner.trainer import PolicyTrainer, build_trainer
-from nextstate.errors import LearnerError, StartError
+from nextstate.errors import LearnerError, NoRoomError, StartError
 from nextstate.private_files import make_folder
 from nextstate.process_lock import ProcessLock
 from nextstate.store import Store
@@ -84,10 +85,21 @@ def run(
             opened.enter_context(store.roles.hold(f"learner/{name}", taken, remedy))
             writers[name] = open_writers(config, folder, name)
             opened.callback(writers[name].close)
-        work = partial(follow, config, model_path, root, engine_dtype, live_requests)
         file = lineage_folder(root, lineages[0]) / "ranks"  # whose lock we hold
-        ranks = opened.enter_context(started(config.ranks, work, stop.set, file))
-        trainer = _trainer(config, model_path, root, engine_dtype, schedule, ranks)
+        given = model_path, root, engine_dtype
+        begin = partial(_begin, opened, file, stop, schedule, live_requests, *given)
+        trainer = None
+        try:
+            trainer = begin(config)
+        except NoRoomError as error:
+            if not can_divide(config, model_path):
+                raise
+            log.warning("the ranks divide the base: with a whole one for each, %s", error)
+        if trainer is None:  # here the error holds the first one no longer
+            gc.collect()
+            torch.cuda.empty_cache()
+            config = replace(config, divided=True)
+            trainer = begin(config)
         shared = SharedTrainer(trainer, lineages)
         learners = [
             Lineage(
@@ -113,6 +125,28 @@ def run(
         except torch.OutOfMemoryError as error:
             reason = str(error).split(". ")[0]
             raise LearnerError(f"an update did not fit: {reason}; {REMEDY}") from error
+
+
+def _begin(
+    opened: ExitStack,
+    file: Path,
+    stop: threading.Event,
+    schedule: Schedule,
+    live_requests: LiveRequests | None,
+    model_path: str,
+    work_dir: Path,
+    engine_dtype: str,
+    config: LearnerConfig,
+) -> PolicyTrainer:
+    """The trainer of rank 0. The other ranks are there until `opened` is closed, or it raises."""
+    work = partial(follow, config, model_path, work_dir, engine_dtype, live_requests)
+    on_gpus = config.divided and pick_device(config).type == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"  # layers come from GPU to GPU
+    with ExitStack() as begun:
+        ranks = begun.enter_context(started(config.ranks, work, stop.set, file, backend=backend))
+        trainer = _trainer(config, model_path, work_dir, engine_dtype, schedule, ranks)
+        opened.enter_context(begun.pop_all())
+    return trainer
 
 
 def follow(

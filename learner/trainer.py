@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from learner.divergence import (
     top_tokens,
     topk_divergence,
 )
+from learner.divided import join_passes
 from learner.drift import drift_objection
 from learner.full_weights import FullWeights
 from learner.kl import kl_divergence
@@ -142,6 +144,8 @@ class PolicyTrainer(GRPOTrainer):
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.current_gradient_accumulation_steps = 1  # TRL's loss divides by it
         self.head = head_of(self.policy)
+        if config.divided:
+            join_passes(self)
 
     def update(self, samples: Sequence[Sample], lags: Mapping[int, int]) -> UpdateResult:
         """Takes the optimizer steps of one update on the samples.
@@ -491,5 +495,6 @@ def build_trainer(
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     if config.threads:
         torch.set_num_threads(config.threads)
-    model = load_model(config, model_path)
+    load = partial(load_model, config, model_path)
+    model = ranks.in_turn(load) if ranks and config.divided else load()
     return PolicyTrainer(config, model, load_tokenizer(model_path), work_dir, ranks)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from learner.divided import decoder_layers
 from learner.tensors import PAD_ID, pad_right
 from learner.trainer import PolicyTrainer
 from learner.trl_grpo import use_adapter
@@ -35,7 +36,7 @@ class UpperLayers:
 
     def __init__(self, trainer: PolicyTrainer, kept_bytes: int = KEPT_BYTES) -> None:
         self._trainer = trainer
-        self._layers = _layers_of(trainer.policy)
+        self._layers = decoder_layers(trainer.policy.get_base_model())
         self._first = max(len(self._layers) - UPPER, 0)
         self._kept: dict[_Prompt, Tensor] = {}
         self._free = kept_bytes
@@ -112,18 +113,6 @@ class _Reached(Exception):
 
 def _stop(_layer: object, _given: object, output: object) -> None:
     raise _Reached(output)
-
-
-def _layers_of(policy: Any) -> Sequence[nn.Module]:
-    """The decoder's layers; empty if the model has no such list, or several."""
-    count = getattr(policy.config.get_text_config(), "num_hidden_layers", None)
-    named = {
-        name: module
-        for name, module in policy.get_base_model().base_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    }
-    outer = [name for name in named if not any(name.startswith(f"{o}.") for o in named)]
-    return list(named[outer[0]]) if len(outer) == 1 else []
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from learner.adapters import Card, check_scale, load_weights, save_adapter
@@ -171,7 +172,9 @@ def weight_change(model: torch.nn.Module, norms: dict[str, Tensor]) -> float:
         product = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt() * layer.scaling["default"]
         if name not in norms:
             weight = dequantize_module_weight(layer.get_base_layer()).detach()
-            norms[name] = torch.linalg.vector_norm(weight, dtype=torch.float32)
+            norm = torch.linalg.vector_norm(weight, dtype=torch.float32)
+            # Of a divided base the ranks add up their shares of the sum.
+            norms[name] = norm.full_tensor() if isinstance(norm, DTensor) else norm
         found = torch.maximum(found, (product / norms[name]).cpu())  # keeps what is not a number
     return float(found)
 

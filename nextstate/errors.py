@@ -3,7 +3,8 @@
     NextStateError
     ├── ConfigError     a key of the TOML file, a command-line value, a named secret
     ├── StartError      the machine lacks a port, a model, a package or an engine
-    │   └── TakenError  a process of another machine has what this one would do
+    │   ├── TakenError  a process of another machine has what this one would do
+    │   └── NoRoomError an update does not fit into memory
     ├── EngineError     vLLM answered wrongly, late or not at all
     │   ├── AnswerError       it answered with an error status
     │   └── WrongEngineError  what answers is not our engine; a person must act
@@ -54,6 +55,10 @@ class StartError(NextStateError):
 
 class LostNodeError(NextStateError):
     """This machine is no longer a node of its cluster."""
+
+
+class NoRoomError(StartError):
+    """The largest possible update does not fit into memory."""
 
 
 class TakenError(StartError):

@@ -192,7 +192,7 @@ def _training(settings: Settings) -> str:
 
     lineages = len(settings.all_lineages)
     share = vllm.gpu_share(settings.engine, os.environ)
-    return require_memory(settings.learner, settings.engine.model_path, lineages, share)
+    return require_memory(settings.learner, settings.engine.model_path, lineages, share)[1]
 
 
 def _keys(settings: Settings) -> str:

@@ -422,11 +422,11 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
     if longest := settings.engine.max_model_len:  # no reply is longer, so no pass need be
         config = replace(config, max_tokens=min(config.max_tokens, longest))
     share = gpu_share(settings.engine, os.environ)
-    log.info("training %s", require_memory(config, model_path, len(lineages), share))
+    config, needs = require_memory(config, model_path, len(lineages), share)
+    log.info("training %s", needs)
     if share and pick_device(config).type == "cuda":
         wait_for_engine(settings, stop)
-    store = Store(settings.store, patience=patience)
-    path = zero_adapter(settings)
+    store, path = Store(settings.store, patience=patience), zero_adapter(settings)
     if not ((path / CARD_FILE).exists() or config.trains_all):
         save_zero_adapter(model_path, config, path)
 

@@ -381,9 +381,11 @@ def test_the_learner_trains_all_lineages_or_the_one_that_is_named(
     zero_adapter(Settings.read(config)).mkdir(parents=True)  # from before it had a card
     made: list[Path] = []
 
-    def require_memory(_config: object, _model_path: str, count: int, _share: float) -> str:
+    def require_memory(
+        config: object, _model_path: str, count: int, _share: float
+    ) -> tuple[object, str]:
         counted.append(count)
-        return "nothing"
+        return config, "nothing"
 
     def run(
         _store: object, _config: object, _model: str, names: Sequence[str], *_: object, **__: object

@@ -1,6 +1,7 @@
 """Work that every rank does, for tests. It imports no TRL, so a rank is there after 3 s, not 10."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +24,16 @@ def act(ranks: Ranks, work: str) -> object:
             return ranks.require_equal([torch.tensor([1.0, float(ranks.rank)])])
         case "same":
             return ranks.require_equal([torch.tensor([1.0, float("nan")])])
+        case "passes":
+            return with_passes(ranks, [False] * (ranks.rank + 1))
+        case "passes with a gradient":
+            return with_passes(ranks, [True] * (2 - ranks.rank))
+        case "different passes":
+            return with_passes(ranks, [ranks.rank == 1])
+        case "a pass that fails":
+            return with_passes(ranks, [False] * 3, fails=ranks.rank == 1)
+        case "a pass of rank 0":
+            return with_passes(ranks, [False] * (ranks.rank == 0), alone=True)
         case "listen":
             return ranks.all(lambda: [own_addresses()])
         case _:
@@ -43,6 +54,35 @@ def act_until_the_end(ranks: Ranks) -> None:
             act(ranks, ranks.receive())
         except (LearnerError, StartError):
             continue
+
+
+def with_passes(
+    ranks: Ranks, passes: Sequence[bool], *, fails: bool = False, alone: bool = False
+) -> list[str]:
+    """What each rank does in passes, each with a gradient or without, over a divided base."""
+    done: list[str] = []
+    ranks.lend = lambda kind: done.append(f"{ranks.rank} lends {kind}")
+
+    def work() -> list[str]:
+        for number, kind in enumerate(passes):
+            if fails and number == 1:
+                raise LearnerError("it went wrong")
+            with torch.set_grad_enabled(kind):
+                ranks.join_pass()
+            done.append(f"{ranks.rank} reads {kind}")
+        return done
+
+    try:
+        if not alone:
+            ranks.all(work)
+        elif ranks.rank == 0:
+            work()
+            ranks.tell("done")
+        else:
+            assert ranks.receive() == "done"
+    finally:
+        ranks.lend = None
+    return ranks.all(lambda: done)
 
 
 def own_addresses() -> set[str]:

@@ -230,7 +230,7 @@ def test_memory_counts_the_base_beside_all_weights_with_their_gradients_and_mome
 ) -> None:
     model = load_float64(model_path)
     count = sum(weight.numel() for weight in model.parameters())
-    line = require_memory(FULL, model_path)
+    _, line = require_memory(FULL, model_path)
     assert f"{4 * count / 1e9:.2f} GB for the base, {16 * count / 1e9:.2f} GB" in line
 
 

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from learner import memory
-from learner.memory import free_ram, held_by_pass, require_memory, try_largest_batch
+from learner.memory import (
+    can_divide,
+    free_ram,
+    held_by_pass,
+    require_memory,
+    try_largest_batch,
+)
 from learner.trainer import PolicyTrainer, build_trainer
 from nextstate.config import EngineConfig
 from nextstate.engine import process as vllm
@@ -79,12 +85,12 @@ def test_weights_optimizer_and_snapshots_are_counted_by_hand(
 ) -> None:
     needed = WEIGHTS + ADAPTER * 4 * 4 + snapshots * ADAPTER * 4 * 3
     monkeypatch.setattr(memory, "free_ram", lambda: needed)
-    assert "needs 0.00 GB for the base" in require_memory(CONFIG, model_path, lineages)
+    assert "needs 0.00 GB for the base" in require_memory(CONFIG, model_path, lineages)[1]
     monkeypatch.setattr(memory, "free_ram", lambda: needed - 1)
     with pytest.raises(StartError, match=r"alone, and 0\.00 GB are free: lower .*lora_rank"):
         require_memory(CONFIG, model_path, lineages)
     monkeypatch.setattr(memory, "free_ram", lambda: None)
-    assert "does not say what is free" in require_memory(CONFIG, model_path, lineages)
+    assert "does not say what is free" in require_memory(CONFIG, model_path, lineages)[1]
 
 
 def test_on_a_gpu_the_engines_share_is_not_free_and_snapshots_are_in_the_machines_memory(
@@ -101,6 +107,72 @@ def test_on_a_gpu_the_engines_share_is_not_free_and_snapshots_are_in_the_machine
         require_memory(config, model_path, engine_share=0.6)
     with pytest.raises(StartError, match=r"in the machine's memory.*fewer snapshots"):
         require_memory(config, model_path, 2)
+
+
+def on_gpus(monkeypatch: pytest.MonkeyPatch, free: int, ram: int) -> None:
+    """Two GPUs with so many bytes free each, in a machine with `ram` bytes of memory."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(memory, "pick_device", lambda config: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    monkeypatch.setattr(memory, "free_ram", lambda: ram)
+
+
+def test_ranks_divide_a_base_of_which_a_whole_one_for_each_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_path = save_tiny_model(tmp_path, layers=8)
+    rest, layers = 4 * (64 * 32 + 32), 8 * 4 * LAYER
+    config, whole = replace(CONFIG, dtype="float32", ranks=2, lora_rank=1), rest + layers
+    trained = ADAPTER * 4 * 4  # four times the layers, a fourth of the rank
+    on_gpus(monkeypatch, whole + trained, ram=whole)
+    assert require_memory(config, model_path)[0] == config
+    on_gpus(monkeypatch, whole + trained - 1, ram=whole)
+    found, said = require_memory(config, model_path)
+    assert found == replace(config, divided=True)
+    assert "for the base that is divided" in said
+    assert require_memory(found, model_path)[0] == found
+    least = rest + layers // 2 + 3 * 4 * LAYER + trained
+    on_gpus(monkeypatch, least, ram=whole)
+    assert require_memory(config, model_path)[0].divided
+    on_gpus(monkeypatch, least - 1, ram=whole)
+    with pytest.raises(StartError, match=r"each of the 2 ranks, which divide the base"):
+        require_memory(config, model_path)
+    on_gpus(monkeypatch, least, ram=whole - 1)
+    with pytest.raises(StartError, match="in the machine's memory"):
+        require_memory(config, model_path)
+
+
+def test_on_a_cpu_all_ranks_share_one_memory_also_while_the_last_of_them_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_path = save_tiny_model(tmp_path, layers=8)
+    rest, layers = 4 * (64 * 32 + 32), 8 * 4 * LAYER
+    held = rest + layers // 2 + 3 * 4 * LAYER
+    config = replace(CONFIG, ranks=2, lora_rank=1)
+    others = ADAPTER * (2 * 4 * 4 + 2 * 4 * 3)
+    least = max(2 * held + others, held + rest + layers)
+    assert least < 2 * (rest + layers) + others
+    monkeypatch.setattr(memory, "free_ram", lambda: least)
+    assert require_memory(config, model_path)[0].divided
+    monkeypatch.setattr(memory, "free_ram", lambda: least - 1)
+    with pytest.raises(StartError, match="in the machine's memory"):
+        require_memory(config, model_path)
+
+
+def test_a_base_that_one_rank_has_for_itself_or_in_4_bits_is_not_divided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_path = save_tiny_model(tmp_path, layers=8)
+    on_gpus(monkeypatch, free=40_000, ram=10**9)
+    monkeypatch.setattr(memory, "check_quantization", lambda *_: None)
+    alone = replace(CONFIG, dtype="float32")
+    for config in (alone, replace(alone, ranks=2, quantization="4bit")):
+        assert not can_divide(config, model_path)
+        with pytest.raises(StartError, match=r"training needs .* on the GPU"):
+            require_memory(config, model_path)
+    assert can_divide(replace(alone, ranks=2), model_path)
+    assert not can_divide(replace(alone, ranks=2, divided=True), model_path)
 
 
 def test_the_largest_batch_that_samples_can_make_is_tried_and_leaves_no_trace(

@@ -73,6 +73,15 @@ def test_an_unexpected_error_ends_the_rank_and_the_block(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_different_passes_over_a_divided_base_end_the_ranks(tmp_path):
+    with (
+        pytest.raises(LostRankError, match="rank 1 of the learner ended with code 1") as raised,
+        started(2, act_until_the_end, lambda: None, tmp_path / "file") as ranks,
+    ):
+        shared(ranks, "different passes")
+    assert "different passes" in str(raised.value.__context__)
+
+
 @pytest.mark.timeout(60)
 def test_a_rank_that_ends_before_it_joins_ends_the_wait(tmp_path):
     with (

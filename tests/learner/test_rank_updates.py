@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from learner import stage
+from learner.config import LearnerConfig
 from learner.rank_processes import started
 from learner.ranks import Ranks, deal
 from learner.trainer import PolicyTrainer, build_trainer
@@ -27,10 +28,12 @@ TRAINED = replace(STALE, learning_rate=0.0, epochs=2, kl_coef=0.1, micro_batch_t
 class Pair:
     """A trainer of two ranks and one without others, from the same state."""
 
-    def __init__(self, folder: Path, ranks: Ranks, model_path: str) -> None:
-        schedule = stage._schedule(TRAINED, threading.Event(), None)
-        self.two = stage._trainer(TRAINED, model_path, folder, "float32", schedule, ranks)
-        self.one = build_trainer(TRAINED, model_path, folder)
+    def __init__(
+        self, folder: Path, ranks: Ranks, model_path: str, config: LearnerConfig = TRAINED
+    ) -> None:
+        schedule = stage._schedule(config, threading.Event(), None)
+        self.two = stage._trainer(config, model_path, folder, "float32", schedule, ranks)
+        self.one = build_trainer(replace(config, ranks=1, divided=False), model_path, folder)
         self.model_path = model_path
         self.fresh = self.one.snapshot()
 

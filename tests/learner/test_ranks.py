@@ -94,6 +94,27 @@ def test_weights_that_differ_in_one_bit_are_noticed(three):
         shared(three, "tell apart")
 
 
+@pytest.mark.parametrize(
+    ("work", "count", "kind"), [("passes", 3, False), ("passes with a gradient", 2, True)]
+)
+def test_a_rank_without_a_pass_left_lends_its_share_until_none_has_any(three, work, count, kind):
+    done = shared(three, work)
+    for rank in range(3):
+        own = rank + 1 if work == "passes" else 2 - rank
+        expected = [f"{rank} reads {kind}"] * own + [f"{rank} lends {kind}"] * (count - own)
+        assert [entry for entry in done if entry[0] == str(rank)] == expected  # type: ignore[attr-defined]
+
+
+def test_a_rank_that_fails_between_passes_ends_the_wait_of_the_others(three):
+    with pytest.raises(LearnerError, match=r"^rank 1 of the learner: it went wrong$"):
+        shared(three, "a pass that fails")
+    assert shared(three, "sum"), "the ranks go on"
+
+
+def test_in_a_pass_of_rank_0_alone_the_others_lend_their_shares(three):
+    assert shared(three, "a pass of rank 0") == ["0 reads False", "1 lends False", "2 lends False"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_ranks_listen_on_the_loopback_interface_only(three):
     first, *others = shared(three, "listen")  # type: ignore[misc]

@@ -17,15 +17,20 @@ import pytest
 import torch.distributed as dist
 
 from learner import lineage, rank_processes, stage
+from learner.config import LearnerConfig
+from learner.divided import decoder_layers
+from learner.memory import try_largest_batch
+from learner.ranks import Ranks
 from learner.trainer import PolicyTrainer
 from nextstate.config import StoreConfig
-from nextstate.errors import EXIT_LATER, LostRankError
+from nextstate.errors import EXIT_LATER, LostRankError, NoRoomError
 from nextstate.records import PolicyVersion
 from nextstate.store import Store
 from tests.learner.forked import processes
 from tests.learner.test_tiny_model import CONFIG, Recorded, save_tiny_model
 
 TWO = replace(CONFIG, ranks=2)
+DIVIDED = replace(TWO, divided=True, gate_canaries=1)
 _HANG_S = 4
 
 
@@ -40,6 +45,10 @@ def arm(reached: Path, rank: int, point: str, number: int) -> None:
     match point:
         case "forward":
             PolicyTrainer._update = armed_pass(act)  # type: ignore[method-assign]
+        case "layer":
+            PolicyTrainer._update = armed_layer(act)  # type: ignore[method-assign]
+        case "lend":
+            Ranks._lend = act  # type: ignore[method-assign]
         case "reduce":
             dist.all_reduce = act
         case "save" if rank == 0:
@@ -54,6 +63,17 @@ def armed_pass(act: Callable[..., object]) -> Callable[..., Any]:
 
     def armed(self: PolicyTrainer, *given: Any) -> Any:
         self._score = act  # type: ignore[method-assign]
+        return update(self, *given)
+
+    return armed
+
+
+def armed_layer(act: Callable[..., object]) -> Callable[..., Any]:
+    """An update in which the point comes after the first layer of a pass, before the next."""
+    update = PolicyTrainer._update
+
+    def armed(self: PolicyTrainer, *given: Any) -> Any:
+        decoder_layers(self.policy.get_base_model())[0].register_forward_hook(act)
         return update(self, *given)
 
     return armed
@@ -86,9 +106,12 @@ def reached_in(state_dir: str | Path) -> Path:
     return Path(f"{state_dir}.reached")
 
 
-def learner_with_fault(state_dir: str, model_path: str, rank: int, point: str, number: int) -> None:
+def learner_with_fault(
+    state_dir: str, model_path: str, config: LearnerConfig, rank: int, point: str, number: int
+) -> None:
     """Rank 0 of two, as a process of its own."""
-    stage.started = partial(rank_processes.started, hang_s=_HANG_S)  # type: ignore[assignment]
+    if number == signal.SIGSTOP:
+        stage.started = partial(rank_processes.started, hang_s=_HANG_S)  # type: ignore[assignment]
     reached = reached_in(state_dir)
     stage.follow = partial(follow, reached, rank, point, number)  # type: ignore[assignment]
     if (rank, point) == (1, "save"):
@@ -98,19 +121,25 @@ def learner_with_fault(state_dir: str, model_path: str, rank: int, point: str, n
         arm(reached, rank, point, number)
     store = Store(StoreConfig(dir=state_dir))
     try:
-        run(store, model_path, threading.Event(), last=2)
+        run(store, model_path, threading.Event(), last=2, config=config)
     except LostRankError as error:
         print(error, flush=True)
         os._exit(EXIT_LATER)
 
 
-def run(store: Store, model_path: str, stop: threading.Event, last: int, ranks: int = 2) -> None:
+def run(
+    store: Store,
+    model_path: str,
+    stop: threading.Event,
+    last: int,
+    config: LearnerConfig = TWO,
+) -> None:
     def publish(version: PolicyVersion, withdraw: object = None) -> None:
         store.versions.serve_candidate(version)
         if version.number == last:
             stop.set()
 
-    stage.run(store, replace(TWO, ranks=ranks), model_path, ["main"], publish, stop)
+    stage.run(store, config, model_path, ["main"], publish, stop)
 
 
 @contextmanager
@@ -121,13 +150,16 @@ def forked_ranks() -> Iterator[None]:
         yield
 
 
-def trained(folder: Path, model_path: str, *fault: Any) -> tuple[Recorded, list[str], int | None]:
+def trained(
+    folder: Path, model_path: str, *fault: Any, config: LearnerConfig = TWO
+) -> tuple[Recorded, list[str], int | None]:
     """What two updates come to, if the learner meets a fault and is then started again."""
     recorded = Recorded(folder, model_path)
     turns = recorded.add_mixed(32)
     code = None
     if fault:
-        child = processes.Process(target=learner_with_fault, args=(str(folder), model_path, *fault))
+        given = (str(folder), model_path, config, *fault)
+        child = processes.Process(target=learner_with_fault, args=given)
         child.start()
         child.join(240)
         if child.is_alive():
@@ -138,7 +170,7 @@ def trained(folder: Path, model_path: str, *fault: Any) -> tuple[Recorded, list[
     stop = threading.Event()
     if recorded.store.versions.serving("main").number < 2:
         with forked_ranks():
-            run(recorded.store, model_path, stop, last=2)
+            run(recorded.store, model_path, stop, last=2, config=config)
     return recorded, turns, code
 
 
@@ -150,28 +182,56 @@ def unharmed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str | 
     return model_path, [v.sha256 for v in recorded.store.versions.all("main")]
 
 
+@pytest.mark.timeout(600)
+def test_a_base_that_leaves_no_room_for_a_batch_is_divided_and_makes_the_same_versions(
+    tmp_path, unharmed, monkeypatch
+):
+    model_path, expected = unharmed
+    tried = []
+
+    def attempt(trainer: PolicyTrainer) -> tuple[int, int]:
+        tried.append(trainer.config.divided)
+        if not trainer.config.divided:
+            raise NoRoomError("it does not fit")
+        return try_largest_batch(trainer)
+
+    monkeypatch.setattr(stage, "try_largest_batch", attempt)
+    recorded, turns, _ = trained(tmp_path / "state", model_path)
+    assert tried == [False, True]
+    assert recorded.trained_in() == dict(zip(turns, [1] * 16 + [2] * 16, strict=True))
+    assert [v.sha256 for v in recorded.store.versions.all("main")] == expected
+
+
 FAULTS = [
-    pytest.param(1, "reduce", signal.SIGSTOP),  # and then it is killed
-    pytest.param(1, "forward", signal.SIGKILL, marks=pytest.mark.soak),
-    pytest.param(0, "reduce", signal.SIGKILL, marks=pytest.mark.soak),
-    pytest.param(0, "forward", signal.SIGKILL, marks=pytest.mark.soak),
-    pytest.param(1, "reduce", signal.SIGKILL, marks=pytest.mark.soak),
-    pytest.param(0, "save", signal.SIGKILL, marks=pytest.mark.soak),
-    pytest.param(1, "save", signal.SIGKILL, marks=pytest.mark.soak),
-    pytest.param(1, "forward", signal.SIGSTOP, marks=pytest.mark.soak),
-    pytest.param(0, "reduce", signal.SIGSTOP, marks=pytest.mark.soak),
-    pytest.param(0, "save", signal.SIGSTOP, marks=pytest.mark.soak),
+    pytest.param(TWO, 1, "reduce", signal.SIGSTOP),  # and then it is killed
+    pytest.param(TWO, 1, "forward", signal.SIGKILL, marks=pytest.mark.soak),
+    pytest.param(TWO, 0, "reduce", signal.SIGKILL, marks=pytest.mark.soak),
+    pytest.param(TWO, 0, "forward", signal.SIGKILL, marks=pytest.mark.soak),
+    pytest.param(TWO, 1, "reduce", signal.SIGKILL, marks=pytest.mark.soak),
+    pytest.param(TWO, 0, "save", signal.SIGKILL, marks=pytest.mark.soak),
+    pytest.param(TWO, 1, "save", signal.SIGKILL, marks=pytest.mark.soak),
+    pytest.param(TWO, 1, "forward", signal.SIGSTOP, marks=pytest.mark.soak),
+    pytest.param(TWO, 0, "reduce", signal.SIGSTOP, marks=pytest.mark.soak),
+    pytest.param(TWO, 0, "save", signal.SIGSTOP, marks=pytest.mark.soak),
+    pytest.param(DIVIDED, 1, "lend", signal.SIGKILL),  # rank 0 is in a pass of the gate
+    pytest.param(DIVIDED, 1, "layer", signal.SIGKILL, marks=pytest.mark.soak),
+    pytest.param(DIVIDED, 0, "layer", signal.SIGKILL, marks=pytest.mark.soak),
+    pytest.param(DIVIDED, 1, "layer", signal.SIGSTOP, marks=pytest.mark.soak),
+    pytest.param(DIVIDED, 0, "layer", signal.SIGSTOP, marks=pytest.mark.soak),
+    pytest.param(DIVIDED, 1, "save", signal.SIGKILL, marks=pytest.mark.soak),
 ]
 """Each starts a process with TRL: `make soak` has them all."""
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("rank", "point", "number"), FAULTS)
+@pytest.mark.parametrize(("config", "rank", "point", "number"), FAULTS)
 def test_a_rank_that_is_lost_ends_the_learner_and_a_new_one_goes_on_exactly(
-    tmp_path, unharmed, rank, point, number
+    tmp_path, unharmed, config, rank, point, number
 ):
+    """Exactly, and with a divided base the very versions of ranks that hold a whole one."""
     model_path, expected = unharmed
-    recorded, turns, code = trained(tmp_path / "state", model_path, rank, point, int(number))
+    fault = rank, point, int(number)
+    recorded, turns, code = trained(tmp_path / "state", model_path, *fault, config=config)
     assert code == (-signal.SIGKILL if rank == 0 else EXIT_LATER)
     assert recorded.states() == {"trained": 32}
     assert recorded.trained_in() == dict(zip(turns, [1] * 16 + [2] * 16, strict=True))

@@ -42,14 +42,16 @@ PROMPT = (5, 6, 7)
 GOOD, BAD = (10, 11, 12), (20, 21, 22, 23)
 
 
-def save_tiny_model(folder: Path, *, seed: int = 0, intermediate_size: int = 64) -> str:
-    """A random Qwen3 of 2 layers and width 32 with a tokenizer; returns the folder."""
+def save_tiny_model(
+    folder: Path, *, seed: int = 0, intermediate_size: int = 64, layers: int = 2
+) -> str:
+    """A random Qwen3 of width 32 with a tokenizer; returns the folder."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=intermediate_size,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
