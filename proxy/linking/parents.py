@@ -18,6 +18,7 @@ from proxy.linking.history import (
     Link,
     Scope,
 )
+from proxy.linking.meaning import stops_of
 from proxy.linking.proof import before, is_answer_to, is_rest_of, size_of
 
 
@@ -44,6 +45,17 @@ def find_parent(sessions: Sessions, link: Link, scope: Scope) -> Found:
     yet, then the newest. If different conversations have equally much in common and are not alike
     to the letter, none is taken; nor if different requests at one place of a conversation have.
     """
+    found = _find(sessions, link, scope)
+    for ended, stops in link.ended:
+        if found.parent is not None or found.unsure:
+            break
+        other = _find(sessions, ended, scope)
+        if other.parent is None or not stops.isdisjoint(stops_of(sessions.sampling(other.parent))):
+            found = other
+    return found
+
+
+def _find(sessions: Sessions, link: Link, scope: Scope) -> Found:
     last, chains = link.replies[0], {reply.chain_key: None for reply in link.replies}
     rows = sessions.with_context_key(last.context_key) if last.context_key else []
     if rows:
