@@ -149,7 +149,7 @@ def end_of(store: Store, choice: Choice, name: str, settings: Settings) -> int:
     return turn
 
 
-def _newest_seq(store: Store, choice: Choice, session: str, until: int) -> int | None:
+def _newest_seq(store: Store, choice: Choice, session: str, until: int | None) -> int | None:
     """The position of a session's newest chosen turn, of those from `until` on."""
     only, at = replace(choice, sessions=(session,)), None
     while True:

@@ -245,7 +245,13 @@ class Sessions:
 
     def message(self, key: bytes) -> Json:
         """The stored message with this hash."""
-        return read_json(one(self._cursor, key))
+        text = one(self._cursor, key)
+        assert text is not None
+        return read_json(text)
+
+    def written(self, key: bytes, most: int) -> bytes | None:
+        """The JSON of the stored message with this hash; None if it has more than `most` bytes."""
+        return one(self._cursor, key, most)
 
     def newest_start(self, name: str, lineage: str) -> tuple[str, int] | None:
         """(session, position in the store) of the newest main conversation under a name."""
