@@ -1,6 +1,6 @@
 """What a schema's `pattern` costs vLLM's compiler, at the bounds of proxy/schemas.py and beyond.
 
-python -m benchmarks.patterns
+python -m benchmarks.patterns [TOKENIZER.json]
 """
 
 from __future__ import annotations
@@ -8,13 +8,31 @@ from __future__ import annotations
 import json
 import os
 import resource
+import sys
 import time
 from typing import Any
 
 from proxy.schemas import excess
 
 MOST_S = 12
+IPV6 = (
+    "("
+    + "|".join(f"([0-9a-f]{{1,4}}:){{1,{7 - n}}}(:[0-9a-f]{{1,4}}){{1,{n}}}" for n in range(1, 7))
+    + ")"
+)
 SCHEMAS = {
+    "ten lines of 200": [r"^(- [^\n]{1,200}\n){1,10}$"],
+    "one line of 200": [r"^[^\n]{1,200}\n$"],
+    "eight IPv6 addresses": [IPV6] * 8,
+    "`.{1,50}: .{1,50}`": [".{1,50}: .{1,50}"],
+    "`[a-z]{1,50}[ -]?[a-z]{0,50}`": ["[a-z]{1,50}[ -]?[a-z]{0,50}"],
+    "`(a{100}b){190}`": ["(a{100}b){190}"],
+    "`[a-z]?` 40 times": ["[a-z]?" * 40],
+    r"`\d?` 150 times": [r"\d?" * 150],
+    "`.?` 20 times": [".?" * 20],
+    "`.?` 40 times": [".?" * 40],
+    "`(.{0,9})` 5 times": ["(.{0,9})" * 5],
+    "`( .{0,20})?` 20 times": ["( .{0,20})?" * 20],
     "`.{1,999}`": [".{1,999}"],
     "`.{1,999}` twice": [".{1,999}" * 2],
     "`.{1,999}` three times": [".{1,999}" * 3],
@@ -54,12 +72,20 @@ def seconds_of(schema: dict[str, object], compiler: Any) -> str:
     return told or f"over {MOST_S}"
 
 
-def main() -> None:
-    """Prints the table, with a vocabulary of 258 tokens."""
+def main(tokenizer: str = "") -> None:
+    """Prints the table, with a vocabulary of 258 tokens or a model's own."""
     import xgrammar
 
-    vocabulary = [bytes([byte]) for byte in range(256)] + [b"ab", b"aa"]
-    tokens = xgrammar.TokenizerInfo(vocabulary, stop_token_ids=[0])
+    if tokenizer:
+        from tokenizers import Tokenizer
+
+        ids = Tokenizer.from_file(tokenizer).get_vocab()
+        model = sorted(ids, key=ids.__getitem__)
+        kind = xgrammar.VocabType.BYTE_LEVEL
+        tokens = xgrammar.TokenizerInfo(model, vocab_type=kind, stop_token_ids=[0])
+    else:
+        vocabulary = [bytes([byte]) for byte in range(256)] + [b"ab", b"aa"]
+        tokens = xgrammar.TokenizerInfo(vocabulary, stop_token_ids=[0])
     compiler = xgrammar.GrammarCompiler(tokens, max_threads=1, cache_enabled=False)
     print("| patterns | CPU s | the proxy |\n|---|---|---|")
     for name, patterns in SCHEMAS.items():
@@ -70,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from contextlib import suppress
@@ -16,6 +15,7 @@ from nextstate.errors import RecordError
 from nextstate.records import Json
 from nextstate.sampling import DEFAULTS, NAMES, Sampling
 from nextstate.wire import obj, objects
+from proxy.told_again import begins_again
 from proxy.whole_reply import Whole
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -68,7 +68,6 @@ _FIELDS = frozenset(
 )
 """Fields of a message: those that are recorded, and two that say nothing of the model's."""
 _TEXT_FIELDS = frozenset(("role", "content"))
-_DECODER = json.JSONDecoder()
 _NO_INDEX = "the engine told parts of a tool call without its index"
 _MALFORMED = "the reply held values of types that a chat reply does not have"
 
@@ -427,25 +426,14 @@ class Capture:
             if not function["name"]:
                 return "the engine told a tool call without its name"
             seams = self._seams.get(index)
-            if seams and _begins_again(function["arguments"], seams):
+            cut = self.finish_reason == "length"
+            if seams and begins_again(function["arguments"], seams, cut=cut):
                 return _twice(index)
         return None
 
 
 def _twice(index: int) -> str:
     return f"the engine began the tool call {index} twice"
-
-
-def _begins_again(arguments: str, seams: list[int]) -> bool:
-    """Whether arguments are not JSON because a part that begins at a seam is a whole of its own."""
-    begin = len(arguments) - len(arguments.lstrip())
-    try:
-        _, end = _DECODER.raw_decode(arguments, begin)
-    except (ValueError, RecursionError):
-        first = seams[0]  # each part may hold all that came before it
-        return arguments.startswith(arguments[begin:first], first)
-    seam = next((at for at in seams if at >= end), None)
-    return seam is not None and not arguments[end:seam].strip()
 
 
 def _ends_with_tokens(cut: list[bytes], said: list[bytes]) -> bool:

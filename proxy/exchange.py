@@ -158,6 +158,7 @@ def read_exchange(
         exchange.episode,
     )
     stops = stops_of(request)
+    remembered.add_stops(stops)
     return Read(
         exchange=exchange,
         kind=exchange.kind or profile.kind(request),
@@ -166,8 +167,8 @@ def read_exchange(
         or (_HELD_OUT if exchange.held_out else kept.why),
         history=history,
         scope=scope,
-        link=link_of(history, scope, stops),
-        keys=keys_of(history, meaning_of(reply), scope, stops),
+        link=link_of(history, scope, stops, remembered.stops),
+        keys=keys_of(history, meaning_of(reply), scope),
         content=Said(
             request=request,
             reply=reply,
@@ -195,19 +196,23 @@ def look_ahead(recording: Recording, batch: Sequence[Read]) -> None:
     sessions = recording.sessions
     if not sessions.looks_ahead:
         return
-    keys = [one.link.replies[0].context_key for one in batch if one.link is not None]
-    sessions.look_ahead([key for key in keys if key])
+    sessions.look_ahead([key for one in batch for key in _likely(one.link)])
     places: list[bytes] = []
     for one in batch:
         link, parent = one.link, None
         if link is not None:
-            key = link.replies[0].context_key
-            if key is None or not sessions.with_context_key(key):
+            if not any(map(sessions.with_context_key, _likely(link))):
                 continue  # its parent is not found so quickly
             parent = find_parent(sessions, link, one.scope).parent
         place = place_of(one.scope, one.kind, parent and parent.id, one.history)
         places += [] if place is None else [place]
     sessions.look_further([one.exchange.turn_id for one in batch], places)
+
+
+def _likely(link: Link | None) -> list[bytes]:
+    """The context keys of the turn that a request most likely continues."""
+    links = [] if link is None else [link, *(ended for ended, _ in link.ended)]
+    return [key for one in links if (key := one.replies[0].context_key)]
 
 
 def record(recording: Recording, read: Read) -> Turn:

@@ -2,8 +2,7 @@
 
 Measured with vLLM 0.32's own compilers (xgrammar, llguidance), of which the slower one counts:
 2000 optional properties, `const` with 100 kB and a `pattern` with `.{1,2000}` take over 10 s each,
-20 million `minItems` 4.5 GB. The time for a `pattern` grows with the square of what it repeats, and
-faster if much of it may be left out: `.?` 1000 times costs nine times as much as `.{1,2000}`.
+20 million `minItems` 4.5 GB. `proxy/patterns.py` says what a `pattern` costs.
 What is told to the engine and not compiled is not looked at.
 """
 
@@ -18,6 +17,7 @@ from nextstate.records import Json
 from nextstate.wire import obj, objects, read_json
 from proxy.dialects.chat import is_off
 from proxy.dialects.messages_tools import tool_changes
+from proxy.patterns import cost_of, counts
 
 _FIELDS = (
     *("response_format", "structured_outputs", "output_format", "output_config"),
@@ -39,11 +39,13 @@ _VALUES = frozenset(("enum", "required", "choice", "guided_choice", "triggers"))
 _LONGEST_TEXT, _MOST_TEXT = 10_000, 100_000
 """Characters of one name or value, and of all of them."""
 _LONGEST_GRAMMAR = 100_000
-_REPEATED_IN_PATTERN, _LEFT_OUT_OF_PATTERN = 1000, 150
-"""The repetitions of one `pattern`, of each of which the compiler makes a copy, and its parts that
-may be left out."""
+_COPIES_IN_PATTERN, _REPEATED_IN_PATTERN, _LEFT_OUT_OF_PATTERN = 20_000, 1000, 150
+"""The copies that the compiler makes of a `pattern`, the root of the squares of its counts, and its
+parts that may be left out."""
 _IN_PATTERNS, _LEFT_OUT_OF_PATTERNS = 2 * _REPEATED_IN_PATTERN**2, 4 * _LEFT_OUT_OF_PATTERN**2
-"""The squares of both, of all patterns together."""
+"""The squares of the last two, of all patterns together."""
+_WAYS = 2000
+"""In which parts that vary, side by side, may be read; twice as many in all patterns together."""
 _REPEATED, _LEFT_OUT_OF_REGEX, _LEFT_OUT_OF_GRAMMAR = 100_000, 500, 1000
 """The same of an expression or a grammar, which are compiled faster."""
 _NAMED = frozenset(
@@ -54,12 +56,6 @@ _NOTES = frozenset(("description", "title", "$comment", "examples", "default", "
 _REFERENCES = frozenset(("$ref", "$dynamicRef", "$recursiveRef"))
 _AS_JSON = frozenset(("json", "guided_json", "structural_tag", "json_schema", "schema"))
 """Where a schema may stand as a text."""
-_COUNT = re.compile(r"[{~] *+(\d*+) *+(?:(?:,|\.\.) *+(\d*+))?")
-"""How often something is repeated: `{2,5}` in an expression, `~2..5` in Lark's grammars."""
-
-
-_QUANTIFIER = re.compile(r"[?*+]|\{ *+(\d*+) *+(,?) *+(\d*+) *+\}")
-_ENDLESS = 10**9
 
 
 class _Part(NamedTuple):
@@ -117,7 +113,7 @@ class _Sizes:
         self._objects = 0
         self._text = 0
         self._in_all = 0.0
-        self._repeated, self._left_out = 0, 0
+        self._repeated, self._left_out, self._ways = 0, 0, 0
         self._notes: list[_Part] = []
         """Those not looked at: no compiler reads them, unless a reference points into one."""
         self._referred = False
@@ -171,7 +167,7 @@ class _Sizes:
         if part.key in ("grammar", "guided_grammar"):
             _bounded(f"{part.path} has", len(value), _LONGEST_GRAMMAR, "characters")
             _bounded(f"{part.path} has", max(map(len, value.split('"'))), _LONGEST_TEXT, "in a row")
-            _expression(part.path, value, _LEFT_OUT_OF_GRAMMAR)
+            _grammar(part.path, value)
         elif part.key in _AS_JSON:
             _bounded(f"{part.path} has", len(value), 4 * _MOST_TEXT, "characters")
             try:
@@ -186,7 +182,7 @@ class _Sizes:
             if part.key == "pattern":
                 self._pattern(part.path, value)
             elif part.key in ("regex", "guided_regex"):
-                _expression(part.path, value, _LEFT_OUT_OF_REGEX)
+                _expression(part.path, value)
         return []
 
     def _number(self, part: _Part, value: float) -> None:
@@ -197,18 +193,22 @@ class _Sizes:
             _bounded("All counts and lengths add up to", self._in_all, _MOST_IN_ALL, "")
 
     def _pattern(self, path: str, pattern: str) -> None:
-        repeated, left_out = _repetitions(pattern)
-        repeated = max(repeated, *_counts(pattern))
-        _bounded(f"{path} repeats", repeated, _REPEATED_IN_PATTERN, "times")
-        _bounded(f"{path} lets", left_out, _LEFT_OUT_OF_PATTERN, "parts be left out")
-        self._repeated += repeated**2
-        self._left_out += left_out**2
+        cost = cost_of(pattern)
+        _bounded(f"{path} repeats", cost.copies, _COPIES_IN_PATTERN, "times")
+        squares = max(cost.squares, max(counts(pattern)) ** 2)
+        _bounded(f"{path} repeats", isqrt(squares), _REPEATED_IN_PATTERN, "times")
+        _bounded(f"{path} lets", cost.left_out, _LEFT_OUT_OF_PATTERN, "parts be left out")
+        _bounded(f"{path} can be read in", cost.ways, _WAYS, "ways")
+        self._repeated += squares
+        self._left_out += cost.left_out**2
         for what, found, most in (
             ("repeats", self._repeated, _IN_PATTERNS),
             ("leaves out", self._left_out, _LEFT_OUT_OF_PATTERNS),
         ):
             all_of_it = f"All patterns repeat or leave out too much: together as one that {what}"
             _bounded(all_of_it, isqrt(found), isqrt(most), "times")
+        self._ways += cost.ways
+        _bounded("All patterns together can be read in", self._ways, 2 * _WAYS, "ways")
 
     def _add_text(self, path: str, text: str) -> None:
         _bounded(f"{path} has", len(text), _LONGEST_TEXT, "characters")
@@ -216,71 +216,17 @@ class _Sizes:
         _bounded("The schemas' names and values have", self._text, _MOST_TEXT, "characters")
 
 
-def _expression(path: str, text: str, most_left_out: int) -> None:
-    _bounded(f"{path} repeats", sum(_counts(text)), _REPEATED, "times")
+def _expression(path: str, text: str) -> None:
+    cost = cost_of(text)
+    _bounded(f"{path} repeats", max(cost.copies, sum(counts(text))), _REPEATED, "times")
+    _bounded(f"{path} lets", cost.left_out, _LEFT_OUT_OF_REGEX, "parts be left out")
+    _bounded(f"{path} can be read in", cost.ways, _WAYS, "ways")
+
+
+def _grammar(path: str, text: str) -> None:
+    _bounded(f"{path} repeats", sum(counts(text)), _REPEATED, "times")
     left_out = text.count("?") + text.count("*")
-    _bounded(f"{path} lets", left_out, most_left_out, "parts be left out")
-
-
-def _counts(text: str) -> list[int]:
-    """The numbers of repetitions in an expression or a grammar, and a zero."""
-    return [0, *(max(map(_number, match.groups(""))) for match in _COUNT.finditer(text))]
-
-
-def _number(digits: str) -> int:
-    return int(digits or 0) if len(digits) < 10 else _ENDLESS
-
-
-def _repetitions(pattern: str) -> tuple[int, int]:
-    """The copies that a compiler makes of repeated parts, and how many of its parts may be left
-    out, which makes more ways through it. A group counts as often as it is repeated.
-
-    >>> _repetitions("a{2}(b?c+){10}"), _repetitions("[a?]*"), _repetitions("(a|)")
-    ((22, 10), (1, 1), (0, 1))
-    """
-    groups, at = [(0, 0)], 0
-    while at < len(pattern):
-        part, sign = (0, 0), pattern[at]
-        at += 1
-        if sign == "(":
-            groups.append((0, 0))
-            at += 2 * pattern.startswith("?", at)
-            continue
-        if sign == ")":
-            part = groups.pop()
-            groups = groups or [(0, 0)]
-        elif sign == "\\":
-            at += 1
-        elif sign == "[":
-            at = _class_end(pattern, at)
-        elif sign == "|" and (pattern[at - 2 : at - 1] in "(|:" or pattern[at : at + 1] in ")|"):
-            part = 0, 1
-        while repeat := _QUANTIFIER.match(pattern, at):
-            most, may_lack = _times(repeat)
-            part = max(part[0], 1) * most, part[1] * most + may_lack
-            at = repeat.end() + pattern.startswith("?", repeat.end())
-        groups[-1] = (
-            min(groups[-1][0] + part[0], _ENDLESS),
-            min(groups[-1][1] + part[1], _ENDLESS),
-        )
-    return min(sum(copies for copies, _ in groups), _ENDLESS), sum(lacks for _, lacks in groups)
-
-
-def _class_end(pattern: str, at: int) -> int:
-    """Where the class of characters ends that begins before `at`."""
-    while at < len(pattern) and pattern[at] != "]":
-        at += 2 if pattern[at] == "\\" else 1
-    return at + 1
-
-
-def _times(repeat: re.Match[str]) -> tuple[int, bool]:
-    """How often a quantifier repeats a part at most, and whether one of the copies may lack."""
-    if repeat[1] is None:
-        return 1, repeat[0] != "+"
-    least, most = (_number(text) for text in (repeat[1], repeat[3]))
-    if not repeat[2]:
-        return least, False
-    return (most if repeat[3] else least + 1), least != most
+    _bounded(f"{path} lets", left_out, _LEFT_OUT_OF_GRAMMAR, "parts be left out")
 
 
 def _bounded(what: str, size: float, most: int, unit: str) -> None:

@@ -89,6 +89,8 @@ class NewestSessions(NamedTuple):
     sessions: list[SessionSummary]
     before: int | None
     """The position in the store before which the search may go on; None if there are no others."""
+    gave_up: str | None = None
+    """The id of the turn there, if the search ended before there were enough sessions."""
 
 
 def newest_sessions(
@@ -119,20 +121,36 @@ def newest_sessions(
                 return NewestSessions(_shown(found), seq)
         at, looked_at = page.next, looked_at + page.looked_at
         if at is None or (limit and looked_at >= most):
-            return NewestSessions(_shown(found), at)
+            return NewestSessions(_shown(found), at, page.last)
 
 
-def end_of(store: Store, choice: Choice, session: str, settings: Settings) -> int:
-    """The position of a session's newest chosen turn. Raises NoTurnError."""
-    for name in names_of(session, settings):
-        found = _newest_seq(store, choice, name)
-        if found is not None:
-            return found
-    raise NoTurnError(f"--before {session!r:.80}: there is no such session; see its first column")
+def end_of(store: Store, choice: Choice, name: str, settings: Settings) -> int:
+    """The position of a session's newest chosen turn, or of the turn with this id.
+
+    A session has a name of ours, and may have one of its client's. Raises NoTurnError, also if
+    several sessions have the latter, as those of two lineages may.
+    """
+    for own in names_of(name, settings):
+        found: dict[str, int] = {}
+        at: int | None = None
+        while own not in found:
+            page = store.lookup.session_names(replace(choice, sessions=(own,)), at)
+            found = page.names | found
+            if (at := page.next) is None:
+                break
+        if len(found) > 1 and own not in found:
+            names = ", ".join([*found][:_MOST_SHOWN])
+            raise NoTurnError(f"--before {name!r:.80}: several sessions have this name: {names}")
+        if found:
+            return found.get(own, max(found.values()))
+    turn = store.lookup.position(name)
+    if turn is None:
+        raise NoTurnError(f"--before {name!r:.80}: there is no such session; see its first column")
+    return turn
 
 
-def _newest_seq(store: Store, choice: Choice, session: str, until: int | None = None) -> int | None:
-    """The position of a session's newest chosen turn, of those from `until` on if given."""
+def _newest_seq(store: Store, choice: Choice, session: str, until: int | None) -> int | None:
+    """The position of a session's newest chosen turn, of those from `until` on."""
     only, at = replace(choice, sessions=(session,)), None
     while True:
         page = store.lookup.session_names(only, at, until)

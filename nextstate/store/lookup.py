@@ -143,6 +143,8 @@ class SessionPage(NamedTuple):
     names: dict[str, int]
     """With the position of the newest chosen turn of each among those."""
     next: int | None
+    last: str | None
+    """The id of the turn at `next`."""
     looked_at: int
 
 
@@ -231,7 +233,8 @@ class Lookup:
         for row in rows:
             if _is_chosen(row, choice):
                 names.setdefault(row.session, row.seq)
-        return SessionPage(names, rows[-1].seq if len(rows) == PAGE else None, len(rows))
+        end = rows[-1] if len(rows) == PAGE else None
+        return SessionPage(names, end and end.seq, end and end.id, len(rows))
 
     def session(self, name: str, lineages: tuple[str, ...] | None = None) -> SessionSummary | None:
         """A session by our name for it, or None. It reads its turns, only those of `lineages`."""

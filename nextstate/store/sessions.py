@@ -21,7 +21,7 @@ from nextstate.store import schema as t
 from nextstate.store.database import Cursor
 from nextstate.store.texts import hashes, one
 from nextstate.store.turns import turn_texts
-from nextstate.store.vault import PREFIX_BYTES
+from nextstate.store.vault import PREFIX_BYTES, open_column
 from nextstate.wire import read_json
 
 _MOST_CANDIDATES = 16
@@ -95,6 +95,7 @@ _OTHERS = _OF_NAME.where(
 ).limit(1)
 _OF_EPISODE = sa.select(t.episodes.c.state).where(t.episodes.c.id == sa.bindparam("episode"))
 _REPLY_OF = sa.select(_C.reply).where(_C.id == _TURN)
+_SAMPLING_OF = sa.select(_C.sampling).where(_C.id == _TURN)
 _LAST_INDEX = sa.select(sa.func.max(_C.idx).label("last")).where(_C.session == _NAME)
 _TEXTS = (_C.messages, _C.tools, _C.rest, _C.reply, _C.prompt_ids)
 _TEXTS_OF = sa.select(*_TEXTS).where(_C.id == _TURN)
@@ -235,9 +236,22 @@ class Sessions:
         assert reply is not None
         return self.message(turn.message_hashes[-1]), self.message(reply.reply)
 
+    def sampling(self, turn: Candidate) -> Json:
+        """The sampling settings of a turn's request, its stop sequences among them."""
+        row = self._cursor.first(_SAMPLING_OF, turn=turn.id)
+        assert row is not None
+        opened = open_column(self._cursor.vault, turn.id, "sampling", row.sampling)
+        return read_json(str(opened).encode())
+
     def message(self, key: bytes) -> Json:
         """The stored message with this hash."""
-        return read_json(one(self._cursor, key))
+        text = one(self._cursor, key)
+        assert text is not None
+        return read_json(text)
+
+    def written(self, key: bytes, most: int) -> bytes | None:
+        """The JSON of the stored message with this hash; None if it has more than `most` bytes."""
+        return one(self._cursor, key, most)
 
     def newest_start(self, name: str, lineage: str) -> tuple[str, int] | None:
         """(session, position in the store) of the newest main conversation under a name."""

@@ -66,13 +66,23 @@ def get(connection: sa.Connection, keys: Iterable[bytes | None]) -> dict[bytes, 
     return found
 
 
-def one(cursor: Cursor, key: bytes) -> bytes:
-    """The text under `key`, which has to be there."""
+def one(cursor: Cursor, key: bytes, most: int | None = None) -> bytes | None:
+    """The text under `key`, which has to be there; None if it has more than `most` bytes."""
     cursor.settle()
     row = cursor.first(_ONE, key=key)
     assert row is not None
-    base = None if row.base is None else unpacked(cursor.vault, row.base, row.of_base)
-    return unpacked(cursor.vault, key, row.stored, row.base, base)
+    packed = [(packed_place(key, row.base), row.stored)]
+    if row.base is not None:
+        packed.insert(0, (packed_place(row.base, None), row.of_base))
+    text = None
+    for place, stored in packed:
+        if most is not None and len(stored) > most:
+            return None
+        opened = unseal(cursor.vault, place, stored)
+        if most is not None and zstandard.frame_content_size(opened) > most:
+            return None
+        text = decompress(opened, text)
+    return text
 
 
 def put(connection: sa.Connection, text: bytes) -> bytes:

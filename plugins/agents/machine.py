@@ -191,6 +191,9 @@ _BY_USER = re.compile(
 )
 """What an agent reports of what the person did: nobody says it of oneself."""
 _FENCE, _FENCE_END = "```json\n", "\n```"
+_WARNED = re.compile(r"\\.|(?<=[\w.])(?=and|else|for|i[fns]|not|or)", re.DOTALL)
+"""What Python's parser may warn of, which would tell of a person's text on stderr: an escape, and a
+number without white space before a word."""
 _LONGEST_REPR, _MOST_BRACKETS = 4000, 100
 _OWN_SCRIPT = re.compile(r"\W{0,4}[\u3040-\u30ff\u3400-\u9fff\u0400-\u04ff]")
 _ADDRESS_ABROAD = re.compile(
@@ -284,7 +287,7 @@ def _is_repr(text: str) -> bool:
     if len(text) > _LONGEST_REPR or text.count("{") + text.count("[") > _MOST_BRACKETS:
         return False
     try:
-        return isinstance(ast.literal_eval(text), dict)
+        return isinstance(ast.literal_eval(_WARNED.sub(" ", text)), dict)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return False
 

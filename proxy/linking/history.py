@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import string
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -29,7 +29,7 @@ from nextstate.redaction.repeated import (
 )
 from nextstate.store.texts import content_hash
 from nextstate.wire import objects, write_json
-from proxy.linking.meaning import Meaning, digest_of_texts, key_of, meaning_of, until_stop
+from proxy.linking.meaning import Meaning, as_ended, digest_of_texts, key_of, meaning_of
 
 KEY_BYTES, SYSTEM_BYTES, LETTERS_BYTES = 16, 8, 8
 """A context key is a key of the words, then one of the system's messages, then one of the exact
@@ -50,6 +50,7 @@ _MOST_PARTS = 32
 """One reply is looked for in this many messages at most."""
 _LONG_PROMPT, _PROGRAM_REPEATS = 80, 3
 """A user's text of this many characters comes from a program if a history repeats it this often."""
+_MOST_STOPS = 32
 _MOST_REMEMBERED_BYTES, _MESSAGE_BYTES = 16 << 20, 600
 """Of memory for all remembered messages, and for one besides its texts."""
 
@@ -94,10 +95,20 @@ class RememberedMessages:
     ) -> None:
         self.redactor = redactor
         """What replaces secrets before a message is read: a history sent again costs nothing."""
+        self.stops: dict[bytes, None] = {}
+        """Stop sequences that were met; a request that has none may continue one that had."""
         self._most_bytes = most_bytes
         self._bytes = 0
         self._found = OrderedDict[tuple[str, bytes], tuple[Message, int]]()
         """(message, its size) by profile and JSON; those at the end were used last."""
+
+    def add_stops(self, stops: Sequence[bytes]) -> None:
+        """Notes the stop sequences of a request, and forgets the oldest."""
+        for stop in stops:
+            self.stops.pop(stop, None)
+            self.stops[stop] = None
+        while len(self.stops) > _MOST_STOPS:
+            del self.stops[next(iter(self.stops))]
 
     def read(self, messages: Sequence[Json], profile: AgentProfile) -> list[Message]:
         """Each message as `profile` reads it, without what earlier ones told to be secrets."""
@@ -242,6 +253,9 @@ class Link(NamedTuple):
     """True if the last message is so long that hardly any other conversation got the same."""
     messages: Sequence[Message]
     """Of the request."""
+    ended: tuple[tuple[Link, set[bytes]], ...] = ()
+    """The same for the last message up to one of these stop sequences: what follows it is not the
+    model's, if the turn's own request had that sequence."""
 
 
 def read_history(
@@ -255,26 +269,31 @@ def read_history(
     return History(read, replies, starts, before, in_all)
 
 
-def keys_of(history: History, reply: Meaning, scope: Scope, stops: Sequence[bytes] = ()) -> Keys:
-    """The keys of the turn that answers `history` with `reply`, which `stops` may have ended."""
+def keys_of(history: History, reply: Meaning, scope: Scope) -> Keys:
+    """The keys of the turn that answers `history` with `reply`."""
     prefix = scope.prefix
-    reply, rest = until_stop(reply, stops)
     own = key_of([reply], prefix, 1)
     chain = key_of([*history.replies, reply], prefix, 1) if history.replies else own
     exact = b"".join([one.exact for one in (*history.replies, reply)])
-    return Keys(chain, own, history.context.key(chain, exact if rest in stops else exact + rest))
+    return Keys(chain, own, history.context.key(chain, exact))
 
 
-def link_of(history: History, scope: Scope, stops: Sequence[bytes] = ()) -> Link | None:
+def link_of(
+    history: History, scope: Scope, stops: Sequence[bytes] = (), met: Iterable[bytes] = ()
+) -> Link | None:
     """How to find the turn that a request continues; None if its history holds no reply.
 
-    `stops` may have ended the last reply.
+    `stops`, and `met` of other requests, may have ended the last reply.
     """
     chain = history.replies
     if not chain:
         return None
-    if stops:
-        chain = [*chain[:-1], until_stop(chain[-1], stops)[0]]
+    ends = as_ended(chain[-1], stops, met)
+    ended = [(_link(history, [*chain[:-1], last], scope), at) for last, at in ends]
+    return _link(history, chain, scope)._replace(ended=tuple(ended))
+
+
+def _link(history: History, chain: Sequence[Meaning], scope: Scope) -> Link:
     prefix, texts = scope.prefix, digest_of_texts(chain)
     exact = b"".join([one.exact for one in chain])
     replies: list[Reply] = []

@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import isfinite
 from typing import NamedTuple, cast
 
@@ -34,7 +34,7 @@ _LONGEST_JSON, _LONGEST_REPAIRED = 1 << 20, 1 << 17
 """Characters of arguments that are read; a repair takes half a microsecond for each."""
 _LONG_NUMBER = re.compile(r'"\\u0000(-?(?:\d{16,400}e-?\d{1,9}|\d{1,400}e\d{3,9}|Infinity)|NaN)"')
 """A canonical number that need not fit into the 64 bits of JavaScript."""
-_MOST_STOPS = 16
+_MOST_STOPS, _MOST_ENDS = 16, 8
 _CALLING, _OF_CODE = "Calling tools:\n", "python_interpreter"
 """smolagents sends calls back as text, in Python's spelling. Code in a text, which is no call, gets
 this name."""
@@ -74,16 +74,28 @@ def meaning_of(message: Json) -> Meaning:
     return Meaning(text, digests, len(text) + sum(map(len, calls)), exact and _digest(exact))
 
 
-def until_stop(reply: Meaning, stops: Sequence[bytes]) -> tuple[Meaning, bytes]:
-    """(a reply up to the first of these stop sequences, what follows that in the reply).
+def as_ended(
+    reply: Meaning, stops: Sequence[bytes], met: Iterable[bytes] = ()
+) -> Iterator[tuple[Meaning, set[bytes]]]:
+    """A reply as an engine may have ended it, with the stop sequences at which it did.
 
-    The engine ends a reply there, and agents write the sequence back, or more.
+    Agents write the sequence back, or more. The first and the last places count: white space, which
+    does not, may have kept the engine from ending it. An engine may also tell the sequence. Those
+    that other requests had, `met`, count at the end alone.
     """
-    found = [at for stop in stops if (at := reply.text.find(stop)) >= 0]
-    if not found:
-        return reply, b""
-    text, rest = reply.text[: min(found)], reply.text[min(found) :]
-    return reply._replace(text=text, size=reply.size - len(rest)), rest
+    ends: dict[int, set[bytes]] = {}
+    for stop in stops:
+        at = reply.text.find(stop)
+        for begin in {at, reply.text.rfind(stop)} if at >= 0 else ():
+            for end in (begin, begin + len(stop)):
+                ends.setdefault(end, set()).add(stop)
+    for stop in met:
+        if reply.text.endswith(stop):
+            ends.setdefault(len(reply.text) - len(stop), set()).add(stop)
+    ends.pop(len(reply.text), None)
+    for end in sorted(ends)[:_MOST_ENDS]:
+        size = reply.size - len(reply.text) + end
+        yield reply._replace(text=reply.text[:end], size=size), ends[end]
 
 
 def stops_of(request: Json) -> list[bytes]:

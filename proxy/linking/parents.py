@@ -18,7 +18,8 @@ from proxy.linking.history import (
     Link,
     Scope,
 )
-from proxy.linking.proof import before, is_answer_to, is_rest_of, size_of
+from proxy.linking.meaning import stops_of
+from proxy.linking.proof import Compared, before, is_answer_to, is_rest_of, size_of
 
 
 class Found(NamedTuple):
@@ -44,6 +45,18 @@ def find_parent(sessions: Sessions, link: Link, scope: Scope) -> Found:
     yet, then the newest. If different conversations have equally much in common and are not alike
     to the letter, none is taken; nor if different requests at one place of a conversation have.
     """
+    compared = Compared(sessions)
+    found = _find(sessions, link, scope, compared)
+    for ended, stops in link.ended:
+        if found.parent is not None or found.unsure:
+            break
+        other = _find(sessions, ended, scope, compared)
+        if other.parent is None or not stops.isdisjoint(stops_of(sessions.sampling(other.parent))):
+            found = other
+    return found
+
+
+def _find(sessions: Sessions, link: Link, scope: Scope, compared: Compared) -> Found:
     last, chains = link.replies[0], {reply.chain_key: None for reply in link.replies}
     rows = sessions.with_context_key(last.context_key) if last.context_key else []
     if rows:
@@ -64,7 +77,7 @@ def find_parent(sessions: Sessions, link: Link, scope: Scope) -> Found:
         if (
             best is None
             or best.messages == b"".join([one.hash for one in link.messages[: last.start]])
-            or (_is_alike(best, link) and is_answer_to(sessions, best, before(link.messages, last)))
+            or (_is_alike(best, link) and is_answer_to(compared, best, before(link.messages, last)))
             or _is_named(sessions, scope)
         ):
             return _found(best, link)
@@ -76,7 +89,7 @@ def find_parent(sessions: Sessions, link: Link, scope: Scope) -> Found:
         if rows and not _is_named(sessions, scope):
             left = before(link.messages, reply)
             alike = [row for row in rows if _is_alike(row, link)]
-            proven = [row for row in alike if is_rest_of(sessions, row, left, reply.size)]
+            proven = [row for row in alike if is_rest_of(compared, row, left, reply.size)]
             unsure = unsure or len(proven) < len(rows)
             rows = proven
         if rows:

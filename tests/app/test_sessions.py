@@ -143,6 +143,63 @@ def test_pages_of_some_sessions_show_each_once_where_others_of_their_turns_are_n
     assert shown == ["c", "b", "a"]
 
 
+def test_a_name_that_clients_of_two_lineages_gave_is_asked_for_or_meant_within_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(StoreConfig(dir=str(tmp_path / "state")))
+    for number, (name, lineage) in enumerate(
+        [("x", "bob"), ("y", "main"), ("chat", "main"), ("chat~2", "bob"), ("z", "bob")]
+    ):
+        made = turn(number, session=name, index=0, lineage=lineage)
+        with store.recording() as recording:
+            key = b"%016d" % number
+            recording.add_turn(made, key, key, client_session=f"my {name[:4]}")
+    store.close()
+    config = tmp_path / "nextstate.toml"
+    config.write_text(f'[store]\ndir = "{tmp_path}/state"\n')
+
+    def names(*arguments: str) -> list[str]:
+        return [line.split()[0] for line in run(capsys, config, "sessions", *arguments)[1:]]
+
+    assert names("--before", "chat") == ["x", "y"]
+    assert names("--before", "my chat", "--lineage", "bob") == ["x"]
+    assert names("--before", "my chat", "--lineage", "main") == ["y"]
+    assert names("--before", "turn_1") == ["x"]
+    assert main(["sessions", "--before", "my chat", "--config", str(config)]) == 2
+    told = capsys.readouterr().err
+    assert "--before 'my chat': several sessions have this name: chat~2, chat" in told
+
+
+def test_a_search_for_sessions_that_stopped_says_so_and_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finding, "LOOKED_THROUGH", 200)
+    store = Store(StoreConfig(dir=str(tmp_path / "state")))
+    made = [turn(n, session=f"s{n}" if n < 3 else "long", index=n) for n in range(450)]
+    add(store, *made, turn(450, session="side", kind=TurnKind.SIDE), next_state=None)
+    store.close()
+    config = tmp_path / "nextstate.toml"
+    config.write_text(f'[store]\ndir = "{tmp_path}/state"\n')
+
+    def page(*arguments: str) -> tuple[list[str], str]:
+        capsys.readouterr()
+        assert main(["sessions", *arguments, "--config", str(config)]) == 0
+        told = capsys.readouterr()
+        return [line.split()[0] for line in told.out.splitlines()[1:]], told.err
+
+    names, told = page()
+    assert names == ["long", "side"]
+    assert told == (
+        "nextstate: looked through 200 turns; older sessions: --before turn_251, all: --limit 0\n"
+    )
+    names, told = page("--before", "turn_251")
+    assert (names, "--before turn_51" in told) == ([], True), "the long one stood there already"
+    assert page("--before", "turn_51") == (["s0", "s1", "s2"], "")
+    assert page("--json", "--limit", "3")[1] == page()[1]
+    assert page("--limit", "0") == (["s0", "s1", "s2", "long", "side"], "")
+    assert page("--lineage", "bob")[1].startswith("nextstate: looked through 200 turns")
+
+
 def test_a_list_of_sessions_costs_the_same_in_a_large_store(tmp_path: Path) -> None:
     found: list[int] = []
     for sessions in (20, 80):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from nextstate.errors import PluginError
 from nextstate.hooks import AgentProfile, Evidence, JudgeSettings, load_judge, load_plugin
 from nextstate.records import BASE_VERSION, Json, NextState, Source, Timings, Turn, TurnKind
 from nextstate.store import Store
+from plugins.agents.machine import source_of
 from plugins.agents.profile import AGENTS
 from proxy.capture import Capture
 from proxy.exchange import Exchange, record_exchange
@@ -471,3 +473,23 @@ def test_reading_hostile_text_grows_no_faster_than_the_text(
         profile = load_plugin("agents", name, None)
         short, long = (seconds(profile, message) for message in messages)
         assert long < 32 * short + 0.005  # eight times the text: 64 if it were quadratic
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"{'path': 'C:\docs', 'error': 'no such file'}",
+        r"{'pattern': '\d+\.\w', 'quoted': 'it\'s'}",
+        r"{'byte': b'\400', 'mark': '\8'}",
+        "{'a': 1if 1 else 2}",
+        "{'a': 0xfor 1, 'words': 'my own words'}",
+        "{'ask': 'why \\is it so?'",
+    ],
+)
+def test_no_warning_tells_of_a_text_that_looks_like_pythons(text: str) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        source = source_of(text)
+    assert told == []
+    is_one = text.endswith("}") and "1" not in text
+    assert source is (Source.ENVIRONMENT if is_one else Source.USER)

@@ -16,7 +16,8 @@ from nextstate.records import Json, Timings
 from nextstate.store import Store
 from plugins.agents.profile import GENERIC, Profile
 from proxy.capture import Capture
-from proxy.exchange import Exchange, record_exchange
+from proxy.exchange import Exchange, read_exchange, record
+from proxy.linking.history import RememberedMessages
 
 PROFILE = Profile(GENERIC)
 AT_LENGTH = " It says what it did and why as models do." * 6
@@ -92,6 +93,7 @@ class Recorded:
         self.store = store
         self.profile = profile
         self.vague = vague
+        self.remembered = RememberedMessages()
         self.parents: dict[str, str | None] = {}
         self.sessions: dict[str, str] = {}
 
@@ -113,7 +115,7 @@ class Recorded:
             vague_name=self.vague,
         )
         with self.store.recording() as recording:
-            turn = record_exchange(recording, exchange, self.profile)
+            turn = record(recording, read_exchange(exchange, self.profile, self.remembered))
         self.parents[turn.id], self.sessions[turn.id] = turn.parent, turn.session
 
     def states(self, turn: str) -> list[str]:

@@ -9,13 +9,13 @@ import pytest
 from proxy.capture import Capture
 
 
-def captured(*deltas: list[dict[str, Any]]) -> Capture:
+def captured(*deltas: list[dict[str, Any]], finish: str = "tool_calls") -> Capture:
     capture = Capture()
     for calls in deltas:
         delta = {"tool_calls": calls}
         choice = {"index": 0, "delta": delta, "logprobs": {"content": [{"logprob": -0.5}]}}
         capture.chunk({"model": "m", "choices": [{**choice, "token_ids": [1]}]})
-    end = {"index": 0, "delta": {}, "finish_reason": "tool_calls"}
+    end = {"index": 0, "delta": {}, "finish_reason": finish}
     count = len(deltas)
     usage = {"prompt_tokens": 1, "completion_tokens": count}
     capture.chunk({"model": "m", "choices": [end], "prompt_token_ids": [5], "usage": usage})
@@ -138,6 +138,60 @@ def test_arguments_train_in_whatever_parts_they_come(arguments: list[str]) -> No
     assert capture.untrainable({}) is None
     (call,) = capture.message()["tool_calls"]
     assert call["function"]["arguments"] == "".join(arguments)
+
+
+TREE = '{"children": ['
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [TREE, TREE],
+        [TREE, TREE, TREE, '{"chi'],
+        [TREE, TREE, "{}, ", '{"children": "'],
+        ["[", "[", "[1, 2], ", "[-"],
+        ['{"and": ', '{"and": ', '{"and": tr'],
+        ['{"text": "', '{\\"text\\": \\"', "a \\u00"],
+        ['{"a": [1, ', '{"a": [1, ', "2.5"],
+        [" " + TREE, TREE, "\n"],
+        [TREE * 400, TREE * 400],
+        [TREE, TREE, "9" * 5000],
+    ],
+)
+@pytest.mark.parametrize("finish", ["length", "tool_calls"])
+def test_a_tree_with_a_name_on_each_level_that_ends_too_early_was_told_once(
+    arguments: list[str], finish: str
+) -> None:
+    first, *more = arguments
+    parts = [part(0, "f", first, id="a"), *(part(0, None, m) for m in more)]
+    capture = captured(*([one] for one in parts), finish=finish)
+    assert capture.untrainable({}) is None
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        ["{", '{"a', '{"a": 1'],
+        ['{"', '{"path', '{"path": "x'],
+        ['{"', '{"path'],
+        ['{"a": "', '{"a": "x'],
+        ['{"a": 1, "b"', '{"a": 1, "b": [tr'],
+        ["[1", "[1, 2"],
+    ],
+)
+@pytest.mark.parametrize("finish", ["length", "tool_calls"])
+def test_parts_that_each_hold_all_before_them_are_no_tree(told: list[str], finish: str) -> None:
+    first, *more = told
+    parts = [part(0, "f", first, id="a"), *(part(0, None, m) for m in more)]
+    capture = captured(*([one] for one in parts), finish=finish)
+    assert "0 twice" in str(capture.untrainable({}))
+
+
+def test_a_tree_that_is_whole_within_another_may_be_the_other_told_again() -> None:
+    parts = [part(0, "f", '{"a":', id="a"), part(0, None, '{"a": 1}')]
+    assert "0 twice" in str(captured(*([one] for one in parts)).untrainable({}))
+    cut = captured(*([one] for one in parts), finish="length")
+    assert cut.untrainable({}) is None
 
 
 def test_what_a_model_wrote_twice_in_a_whole_reply_is_its_own() -> None:

@@ -126,11 +126,12 @@ def test_a_form_that_fits_the_replies_of_two_conversations_is_nobodys(form: str)
         assert found.states("b1") == ["result 2"]
 
 
-def stopped(monkeypatch: pytest.MonkeyPatch, *stops: str) -> None:
-    """Every request is sent with these stop sequences."""
+def stopped(monkeypatch: pytest.MonkeyPatch, *stops: str, **of_turn: list[str]) -> None:
+    """Requests are sent with these stop sequences, those of one turn where they are given."""
 
     def exchange(**fields: Any) -> Exchange:
-        return Exchange(**fields)._replace(request={**fields["request"], "stop": [*stops]})
+        stop = of_turn.get(fields["turn_id"], [*stops])
+        return Exchange(**fields)._replace(request={**fields["request"], "stop": stop})
 
     monkeypatch.setattr(conversations, "Exchange", exchange)
 
@@ -170,6 +171,56 @@ def test_what_no_stop_sequence_ends_is_another_reply() -> None:
     ]
     with recorded([steps], Random(0)) as found:
         assert found.parents["two"] is None
+
+
+@pytest.mark.parametrize(
+    ("reply", "earlier", "later", "sent_back"),
+    [
+        # The later request alone has a sequence that the reply holds.
+        ("I see. Observation: it works.", [], ["Observation:"], ""),
+        ("One. Two.", ["Three"], ["One", "."], ""),
+        ("print(1)</code> done", [], ["</code>"], ""),
+        # The earlier one alone has it, and its reply was told with it, or ended by it.
+        ("print(1)</code>", ["</code>"], [], ""),
+        ("print(1)", ["</code>"], [], "</code>"),
+        ("print(1)", ["</code>"], ["<end_plan>"], "</code>"),
+        # White space, which does not count, kept the engine from ending it.
+        ("a b, then c", ["ab"], ["ab"], "ab"),
+        ("My Observation: none.", ["\nObservation:"], ["\nObservation:"], "\nObservation: 1"),
+    ],
+)
+def test_a_reply_ends_where_the_request_that_it_answers_ends_it(
+    reply: str,
+    earlier: list[str],
+    later: list[str],
+    sent_back: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stopped(monkeypatch, two=later, other=later, one=earlier)
+    steps = [
+        asked("other", [*GO, user("And then?")], said(reply)),
+        asked("one", GO, said(reply)),
+        asked("two", [*GO, said(reply + sent_back), user("No.")], said("I see.")),
+    ]
+    with recorded([steps], Random(0)) as found:
+        assert found.parents["two"] == "one"
+        assert found.states("one") == ["No."]
+        assert found.states("other") == []
+
+
+@pytest.mark.parametrize("earlier", [[], ["Delete"], ["OK."]])
+def test_what_another_request_ends_with_is_no_reply_of_a_stranger(
+    earlier: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reply is how the other one begins, and its own request did not end it there."""
+    stopped(monkeypatch, ".", stranger=earlier)
+    steps = [
+        asked("stranger", GO, said("OK")),
+        asked("two", [*GO, said("OK. I delete it."), user("No!")], said("I see.")),
+    ]
+    with recorded([steps], Random(0)) as found:
+        assert found.parents["two"] is None
+        assert found.states("stranger") == []
 
 
 PICTURE = {"type": "image_url", "image_url": {"url": "data:,"}}

@@ -8,7 +8,8 @@ from random import Random
 import pytest
 
 from nextstate.records import Json
-from tests.proxy.conversations import AT_LENGTH, alternating, asked, recorded
+from nextstate.store.sessions import Sessions
+from tests.proxy.conversations import AT_LENGTH, Step, alternating, asked, recorded
 
 GREETING = "Hello and welcome! I am the assistant of this shop." + AT_LENGTH
 SHOP: Json = {"role": "system", "content": "You help in a shop."}
@@ -336,3 +337,60 @@ def test_the_only_conversation_that_was_seen_of_a_person_or_an_app_need_not_be_t
         assert found.states("a1") == []
     with recorded([steps], Random(0), ["chat"], vague=False) as found:
         assert found.states("a1") == ["That is not what I asked."], "one conversation has this name"
+
+
+def with_results(size: int, of: int) -> list[Step]:
+    """`of` conversations that got one reply after results of `size` bytes each, and a request that
+    may continue any of them: its agent has dropped its own work."""
+    reply, go = said("It is booked." + AT_LENGTH), user("Book a table.")
+    steps: list[Step] = []
+    for n in range(of):
+        work = [{**OK, "content": f"{n} {at} " + "x" * size} for at in range(3)]
+        steps.append(asked(f"a{n}", [go, said("", "f", "f", "f"), *work], reply))
+    return [*steps, asked("next", after([go], reply), said("I see."))]
+
+
+def test_what_is_read_for_a_proof_has_a_bound_whatever_the_messages_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While the store is locked: megabytes of words in each candidate took seconds."""
+    read: list[int] = []
+    plain = Sessions.written
+
+    def written(sessions: Sessions, key: bytes, most: int) -> bytes | None:
+        found = plain(sessions, key, most)
+        read.append(len(found or b""))
+        return found
+
+    monkeypatch.setattr(Sessions, "written", written)
+    totals: list[int] = []
+    for size in (1 << 10, 1 << 16, 1 << 20):
+        read.clear()
+        with recorded([with_results(size, 12)], Random(0)) as found:
+            assert found.parents["next"] is None, "it may be anybody's"
+        totals.append(sum(read))
+    assert 36 << 10 < totals[0] < 40 << 10, "each is read once"
+    assert totals[0] < totals[1] <= 4 << 20, totals
+    assert totals[2] <= 4 << 20, totals
+
+
+@pytest.mark.parametrize(("size", "parent"), [(1 << 10, "one"), (1 << 20, "one"), (1 << 22, None)])
+def test_words_too_long_to_be_compared_are_no_proof(size: int, parent: str | None) -> None:
+    text = "Book a table. " * (size // 14)
+    reply = said("It is booked." + AT_LENGTH)
+    steps = [
+        asked("one", [SHOP, user(f"[10:00] {text}")], reply),
+        asked("two", after([SHOP, user(text)], reply), said("I see.")),
+    ]
+    with recorded([steps], Random(0)) as found:
+        assert found.parents["two"] == parent
+
+
+def test_pictures_of_many_megabytes_leave_room_for_the_words_beside_them() -> None:
+    reply = said("It is booked." + AT_LENGTH)
+    steps = [
+        asked("one", [SHOP, user("[10:00] Book this table.", "A" * (6 << 20))], reply),
+        asked("two", after([SHOP, user("Book this table.")], reply), said("I see.")),
+    ]
+    with recorded([steps], Random(0)) as found:
+        assert found.parents["two"] == "one"

@@ -13,7 +13,8 @@ _EPILOG = f"""\
 A line shows our name for the session, how many turns it has, when its first and its last request
 arrived, the mean score of its verdicts, its lineage and the agent's own name for it. The session
 with the newest turn comes last. Unless --limit is 0, the newest 10000 turns are looked through.
-With --before and the name of the first session that is shown comes the page before it.
+With --before and the name of the first session that is shown comes the page before it; with the
+turn at which it stopped looking, what is older than that.
 
 examples:
   nextstate sessions                      the newest {_SHOWN}
@@ -29,7 +30,7 @@ def add(subparsers: Any) -> None:
     add_json(parser)
     text = f"only the newest N (0: all; default: {_SHOWN}, with --json all)"
     parser.add_argument("--limit", type=whole_number, metavar="N", help=text)
-    text = "only sessions that ended before this one: the next page"
+    text = "only sessions that ended before this one, or before this turn: the next page"
     parser.add_argument("--before", metavar="NAME", help=text)
     parser.add_argument("--lineage", metavar="NAME", help="only of this lineage")
     text = "only with a turn since then: 30m, 2h, 3d or a date such as 2026-05-31"
@@ -54,8 +55,10 @@ def run(args: argparse.Namespace) -> int:
     limit = args.limit if args.limit is not None else 0 if args.json else _SHOWN
     store = Store(settings.store)
     before = None if args.before is None else finding.end_of(store, choice, args.before, settings)
-    sessions = finding.newest_sessions(store, choice, limit, before=before).sessions
-    if not sessions and args.lineage not in (None, *settings.all_lineages):
+    most = finding.LOOKED_THROUGH
+    found = finding.newest_sessions(store, choice, limit, most, before)
+    sessions = found.sessions
+    if not sessions and not found.gave_up and args.lineage not in (None, *settings.all_lineages):
         known = ", ".join(settings.all_lineages)
         raise StartError(f"--lineage {args.lineage!r:.80} has no turn here; known: {known}")
     if args.json:
@@ -63,9 +66,15 @@ def run(args: argparse.Namespace) -> int:
             print_json(session_row(session))
     elif sessions:
         print(session_table(sessions))
-        if limit and len(sessions) == limit:
-            note = f"nextstate: these are {limit}; older ones: --before "
-            print(note + fitted(sessions[0].name, 200), file=sys.stderr)
-    else:
-        print("nextstate: no session was found", file=sys.stderr)
+    note = ""
+    if found.gave_up is not None:
+        note = f"looked through {most} turns; older sessions: "
+        note += f"--before {found.gave_up}, all: --limit 0"
+    elif not args.json and not sessions:
+        note = "no session was found"
+    elif not args.json and limit and len(sessions) == limit:
+        note = f"these are {limit}; older ones: --before {fitted(sessions[0].name, 200)}"
+    if note:
+        sys.stdout.flush()
+        print(f"nextstate: {note}", file=sys.stderr)
     return 0
