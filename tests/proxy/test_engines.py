@@ -279,6 +279,28 @@ def test_what_waits_on_an_engine_that_froze_goes_to_another_one(
     several(test, store, tmp_path)
 
 
+def test_what_waits_on_an_engine_that_was_slow_once_to_tell_its_health_stays_there(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy, missed = client.EngineClient.healthy, asyncio.Event()
+
+    async def look(self: client.EngineClient) -> bool:
+        found = await healthy(self, 0.2)
+        if not found:
+            missed.set()
+        return found
+
+    async def test(made: list[ScriptedEngine], p: Running) -> None:
+        monkeypatch.setattr(client.EngineClient, "healthy", look)
+        made[0].frozen = missed
+        asked = [asyncio.create_task(p.chat(request(str(n)))) for n in range(6)]
+        assert [(await one)[0] for one in asked] == [200] * 6
+        assert missed.is_set()
+        assert (answered(made), p.proxy.versions.moved) == ([3, 3], 0)
+
+    several(test, store, tmp_path)
+
+
 def test_a_request_that_ends_two_engines_is_not_sent_to_a_third(
     store: Store, tmp_path: Path
 ) -> None:
