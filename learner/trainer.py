@@ -199,7 +199,7 @@ class PolicyTrainer(GRPOTrainer):
             rate, most = self.rate, 1.0
             if teaches and not self.config.learning_rate:
                 most = longest_way(rate, first=not self.optimizer.state)
-            grad_norm = self.optimizer_step()
+            grad_norm = self.ranks.together(self.optimizer_step)
             share = (epoch / self.config.epochs) ** 2  # of the change: its root grows evenly
             kl, length = self._fit_step(before, micros, share * bound, most)
             found |= {

@@ -170,6 +170,8 @@ class Replica:
             healthy = False
             try:
                 healthy = await self._is_healthy()
+                if self.up and not healthy:  # it may have been busy for a moment
+                    healthy = await self._is_healthy()
                 if not healthy:
                     why = self.client.trouble
                     self._set(up=False, trouble=why)

@@ -305,27 +305,31 @@ class Versions:
             try:
                 found = await asyncio.to_thread(self._store.versions.serving_of, list(self.serving))
                 await self.whole.follow([*found.values(), *self.serving.values()])
-                for lineage, version in found.items():
-                    old = self.serving[lineage]
-                    if version.number != old.number:
-                        if version.is_whole_model and self.up and not self._serves(version):
-                            continue  # the version before serves until its engine is up
-                        log.info("version=%d serves lineage=%s", version.number, lineage)
-                        self.running[self._name(old)] += 0  # so that it is unloaded once drained
-                        if not self.alone:
-                            await self._loaded_by_now(version)
-                        self.serving[lineage] = version
-                        self.changed(self.replicas[0])
-                        for replica in self.replicas:
-                            replica.look_at = 0.0  # whether it takes adapters may count now
-                            replica.load_at = 0.0
-                            if not (self.alone or replica.has(version)):
-                                replica.wake()
+                async with asyncio.TaskGroup() as flips:  # none waits for another's engines
+                    for lineage, version in found.items():
+                        if version.number != self.serving[lineage].number:
+                            flips.create_task(self._flip(lineage, version))
                 await self._unload_drained()
             except WaitError:
                 continue  # the store has logged why
             except Exception:
                 log.exception("following the serving versions failed; trying again")
+
+    async def _flip(self, lineage: str, version: PolicyVersion) -> None:
+        """Gives new requests of a lineage a version, once the engines have had time to load it."""
+        if version.is_whole_model and self.up and not self._serves(version):
+            return  # the version before serves until its engine is up
+        log.info("version=%d serves lineage=%s", version.number, lineage)
+        self.running[self._name(self.serving[lineage])] += 0  # so that it is unloaded once drained
+        if not self.alone:
+            await self._loaded_by_now(version)
+        self.serving[lineage] = version
+        self.changed(self.replicas[0])
+        for replica in self.replicas:
+            replica.look_at = 0.0  # whether it takes adapters may count now
+            replica.load_at = 0.0
+            if not (self.alone or replica.has(version)):
+                replica.wake()
 
     async def _loaded_by_now(self, version: PolicyVersion) -> None:
         """Waits a moment until each engine that is up has loaded and probed a version.

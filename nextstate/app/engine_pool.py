@@ -232,6 +232,9 @@ class EnginePool:
                     return False
             except EngineError as error:
                 log.info("version=%d its engine is ended: %s", one.engine.number, error)
+        serving = await asyncio.to_thread(self._store.versions.serving, MAIN_LINEAGE)
+        if one.engine.name == serving.adapter_name:  # somebody returned to it meanwhile
+            return None
         await self._end(one.engine.name)
         return True
 

@@ -111,6 +111,8 @@ def _serve_another(
         try:
             asyncio.run(change_version(settings, change, store, version))
             return
+        except ConflictError:  # what a person has chosen meanwhile is looked at next
+            return
         except AdapterError as error:
             log.warning("version %d cannot serve: %s", version.number, error)
         except (StartError, EngineError) as error:

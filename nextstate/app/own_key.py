@@ -1,9 +1,9 @@
 """The key with which our own commands ask the running proxy of this state folder.
 
 It is made anew at each start of `nextstate up`, or of a proxy alone, and removed at its end. A
-proxy that was killed leaves it, and the next one takes it, so that a rollout that runs goes on. Who
-can read the file can also read the store and make keys, so it gives nothing away. No command needs
-a key in its environment then.
+proxy that was killed leaves it, and the next one takes it, so that a rollout that runs goes on. So
+do proxies on several machines: where the store is on a server, the file stays. Only the owner of
+the folder can read it. No command needs a key in its environment then.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def write_own_key(settings: Settings, key: str) -> None:
 
 
 def remove_own_key(settings: Settings, key: str) -> None:
-    """Removes the file at the proxy's end, unless it is another proxy's by now."""
+    """Removes the file at the proxy's end, unless it is, or may be, another proxy's too."""
+    if settings.store.url:
+        return
     file = own_key_file(settings)
     with suppress(OSError):
         if file.read_text() == key:

@@ -400,11 +400,13 @@ async def publish(
 ) -> None:
     """Puts a version into service for a person: adapter on disk → loaded → probed → serving.
 
-    Running requests keep their version. The proxy unloads it when they have ended.
+    Running requests keep their version. The proxy unloads it when they have ended. Raises
+    ConflictError if a person has chosen another one meanwhile, which stays.
     """
+    decided = (await asyncio.to_thread(store.versions.decisions, version.lineage)).choices
     await load_everywhere(engines, version, store.dir)
     ours = version.lineage, version.number
-    if not await asyncio.to_thread(store.versions.set_serving, *ours, by):
+    if not await asyncio.to_thread(store.versions.set_serving, *ours, by, decided):
         raise AdapterError(
             f"the adapter of version {version.number} was deleted meanwhile: choose another one of "
             "`nextstate versions`"

@@ -39,6 +39,8 @@ _LOCK = 0x6E657874
 _WRITING = "BEGIN ISOLATION LEVEL READ COMMITTED", f"SELECT pg_advisory_xact_lock({_LOCK})"
 _BEGIN_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 _UNHURRIED = "SET LOCAL idle_in_transaction_session_timeout = 0"
+_REWRITING = "SET lock_timeout = '30s'"
+"""For each table it waits until nobody reads there: somebody who exports may take a while."""
 _VERIFYING = ("verify-ca", "verify-full")
 _UNVERIFIED = "sslmode={mode} does not see whose server it is: sslmode=verify-full does"
 _CLOCK_S = 60.0
@@ -288,7 +290,13 @@ class PostgreSQL:
 
     def compact(self, connection: sa.Connection) -> None:
         """Rewrites the tables. The server's write-ahead log and its backups are its owner's."""
-        connection.connection.cursor().execute("VACUUM (FULL)")
+        cursor = connection.connection.cursor()
+        cursor.execute(_REWRITING)
+        try:
+            cursor.execute("VACUUM (FULL)")
+        finally:
+            with suppress(psycopg.Error):
+                cursor.execute("RESET lock_timeout")
 
     def used_bytes(self, engine: sa.Engine) -> tuple[int, int]:
         """What the server says of the database, with the room of rows that are gone; no log."""

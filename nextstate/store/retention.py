@@ -23,9 +23,9 @@ from nextstate.records import WATCHED_TURNS, SampleState
 from nextstate.store import schema as t
 from nextstate.store.database import Database, queries
 from nextstate.store.forgetting import delete_episodes, delete_turn, unbase
+from nextstate.store.judged import newest_judged
 from nextstate.store.ledger import Kind, append
 from nextstate.store.texts import Row
-from nextstate.store.versions import newest_judged
 
 LOOKED_AT, AT_ONCE = 64, 4
 """Turns that a step looks at, and how many of them it deletes at most."""

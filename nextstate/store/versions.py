@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 import sqlalchemy as sa
 
+from nextstate.errors import ConflictError
 from nextstate.records import (
     BASE_VERSION,
     Decisions,
@@ -22,15 +22,12 @@ from nextstate.records import (
 from nextstate.store import schema as t
 from nextstate.store import texts
 from nextstate.store.database import Database, queries
+from nextstate.store.judged import newest_judged, thinned
 from nextstate.store.ledger import SOMEBODY, Kind, append, append_states, append_version
 from nextstate.store.packing import dump
 from nextstate.store.settling import verdict_of, verdict_texts
 from nextstate.store.shares import OWNER, REMEMBERED_S, beside_others
 
-_LOOKED_THROUGH = 16
-"""Samples that are looked through for each turn that is wanted: most may be steps of episodes."""
-_OF_OTHERS = 4
-"""Turns that are read of a client that is limited, for each that is wanted: a flood is thinned."""
 _NAME_CHARS = 80
 WITHDRAWN = "it, or a version before it, trained on turns that a person let us forget"
 _SERVING = t.versions.c.state == VersionState.SERVING
@@ -225,7 +222,7 @@ class Versions:
         with self._database.read() as connection:
             rows = connection.execute(query.limit(limit)).all()
             if any(row.client != OWNER for row in rows):
-                rows = _thinned(connection.execute(query).all(), limit)
+                rows = thinned(connection.execute(query).all(), limit)
         rows = rows[::-1]
         clients = [row.client for row in rows]
         since = self._database.now() - REMEMBERED_S
@@ -281,11 +278,14 @@ class Versions:
         base = VersionState.SERVING
         return {name: found.get(name) or base_version(name, base) for name in lineages}
 
-    def set_serving(self, lineage: str, number: int, by: str = SOMEBODY) -> bool:
+    def set_serving(
+        self, lineage: str, number: int, by: str = SOMEBODY, decided: int | None = None
+    ) -> bool:
         """Puts version `number`, which a person chose, into service and retires the one before.
 
         A candidate that waits for its publication is retired too: it was made before they chose.
-        False, and nothing is changed, if its adapter was deleted meanwhile.
+        False, and nothing is changed, if its adapter was deleted meanwhile. Raises ConflictError if
+        people have chosen more often than `decided`, unless what they chose serves.
         """
         v = t.versions.c
         waiting = sa.and_(v.state == VersionState.CANDIDATE, v.number != number)
@@ -294,6 +294,14 @@ class Versions:
         with self._database.write() as connection:
             if connection.execute(deleted).first() is not None:
                 return False
+            if decided is not None and _decisions(connection, lineage).choices != decided:
+                serving = _serving(connection, lineage)
+                if serving == number:  # also if it was done, and the answer was lost
+                    return True
+                raise ConflictError(
+                    f"version {serving} of {lineage} was put into service while version {number} "
+                    "was loaded: if that one shall serve all the same, choose it again"
+                )
             now, passed = self._database.now(), _passed_over(number)
             _decide(connection, now, Kind.CHOICE, lineage, by, number)
             _set_state(connection, now, lineage, _SERVING, VersionState.RETIRED)
@@ -352,35 +360,6 @@ class Versions:
             chosen = sa.and_(t.versions.c.number == number, sa.not_(_SERVING))
             now, state = self._database.now(), VersionState.REJECTED
             return _set_state(connection, now, lineage, chosen, state, reason) > 0
-
-
-def newest_judged(lineage: str, limit: int) -> sa.Select[Any, Any, Any, Any, Any, Any, Any]:
-    """The judged turns among so many samples that `limit` of them are likely, newest first."""
-    s, v, every = t.samples.c, t.verdicts.c, t.samples.alias().c
-    oldest = sa.select(every.seq).where(every.lineage == lineage).order_by(every.seq.desc())
-    oldest = oldest.limit(1).offset(max(0, _LOOKED_THROUGH * limit - 1)).scalar_subquery()
-    ours = s.lineage == lineage, s.policy_version.is_not(None), t.turns.c.episode.is_(None)
-    return (
-        sa.select(
-            *(t.turns.c.session, s.policy_version, s.score, v.judge),
-            *(s.seq, s.client, v.created_at),
-        )
-        .join_from(t.samples, t.turns, s.turn == t.turns.c.id)
-        .join(t.verdicts, v.turn == s.turn)
-        .where(*ours, s.seq >= sa.func.coalesce(oldest, 0))
-        .order_by(s.seq.desc())
-    )
-
-
-def _thinned(rows: Sequence[Any], limit: int) -> list[Any]:
-    """Without what one client gives beyond its most."""
-    given: Counter[str] = Counter()
-    kept: list[Any] = []
-    for row in rows:
-        given[row.client] += 1
-        if given[row.client] <= (limit if row.client == OWNER else _OF_OTHERS * limit):
-            kept.append(row)
-    return kept
 
 
 def base_version(lineage: str, state: VersionState) -> PolicyVersion:

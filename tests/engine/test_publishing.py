@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import sqlite3
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from nextstate.config import StoreConfig
 from nextstate.engine.client import EngineClient, publish, publish_candidate, withdraw
-from nextstate.errors import AdapterError
+from nextstate.errors import AdapterError, ConflictError
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 
@@ -141,6 +142,30 @@ def test_a_version_that_was_found_bad_before_a_person_chose_is_not_withdrawn(
     chain.versions.set_serving("main", chosen)
     asyncio.run(withdraw(chain, [Engine().client], second, found))
     assert chain.versions.serving("main").number == chosen
+
+
+def test_of_two_persons_choices_the_one_that_was_made_last_serves(chain: Store) -> None:
+    """Not the one whose adapter took longer to load."""
+    first, base = chain.versions.get("main", 1), chain.versions.get("main", 0)
+    assert first is not None
+    assert base is not None
+
+    def choose() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(asyncio.run, publish(chain, [Engine().client], base)).result()
+
+    engine = Engine(lambda _: choose())
+    with pytest.raises(ConflictError, match="version 0 of main was put into service while version"):
+        asyncio.run(publish(chain, [engine.client], first))
+    assert chain.versions.serving("main").number == 0
+    assert chain.versions.decisions("main").choices == 1
+
+
+def test_a_choice_whose_answer_was_lost_is_found_and_not_made_twice(chain: Store) -> None:
+    for _ in range(2):
+        assert chain.versions.set_serving("main", 1, "ana", 0)
+    assert chain.versions.serving("main").number == 1
+    assert chain.versions.decisions("main").choices == 1
 
 
 def test_an_adapter_that_is_deleted_while_a_person_loads_it_does_not_serve(chain: Store) -> None:

@@ -16,9 +16,10 @@ from typing import cast
 
 import pytest
 
+from nextstate.app import engine_pool
 from nextstate.app.engine_pool import EnginePool
 from nextstate.app.supervisor import Child
-from nextstate.engine.adapter_files import MODEL_FILE, folder_sha256
+from nextstate.engine.adapter_files import MODEL_FILE, folder_sha256, verify_adapter
 from nextstate.engine.client import EngineClient, publish, publish_candidate, withdraw
 from nextstate.engine.process import free_port
 from nextstate.engine.whole import (
@@ -221,6 +222,29 @@ def test_the_version_before_keeps_its_engine_until_the_serving_one_has_its_own(
         store.versions.set_serving("main", 1)
         await w.serves(1)
         assert (await w.asked(), w.pid(2)) == (1, pid)
+
+    within(test, store, tmp_path)
+
+
+def test_a_return_while_the_next_weights_are_read_keeps_the_engine_it_returns_to(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_slowly(path: Path, sha256: str) -> None:
+        if path.name == "v3":
+            store.versions.set_serving("main", 1)
+        verify_adapter(path, sha256)
+
+    async def test(w: World) -> None:
+        await w.publish(w.version(1))
+        await w.publish(w.version(2))
+        await w.serves(2)
+        pid = w.pid(1)
+        monkeypatch.setattr(engine_pool, "verify_adapter", read_slowly)
+        third = asyncio.create_task(w.publish(w.version(3)))
+        await until(lambda: any(one.name.endswith("3") for one in w.pool.children))
+        await w.serves(1)
+        assert (await w.asked(), w.pid(1)) == (1, pid)
+        await third
 
     within(test, store, tmp_path)
 

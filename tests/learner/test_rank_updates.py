@@ -140,6 +140,22 @@ def test_what_is_not_a_number_on_one_rank_is_on_all(pair):
     pair.two.update(samples, LAGS)
 
 
+def test_too_little_memory_for_the_step_of_one_rank_stops_all_and_undoes_it(pair):
+    pair.reset()
+    samples = conversation_samples(pair.model_path)
+
+    def fail() -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB")
+
+    pair.two.optimizer_step = fail
+    with pytest.raises(LearnerError, match="did not fit: CUDA out of memory; lower"):
+        pair.two.update(samples, LAGS)
+    del pair.two.optimizer_step
+    fresh = pair.fresh.weights
+    assert all(torch.equal(w, fresh[n]) for n, w in pair.two.weights.copy().items())
+    pair.two.update(samples, LAGS)  # the ranks go on
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 def test_after_a_hundred_updates_the_ranks_are_equal_in_every_bit(pair):

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from nextstate.engine.client import publish
 from nextstate.errors import EngineError
 from nextstate.store import Store
 from proxy.intervals import Intervals
+from proxy.lineages import Access
 from tests.proxy.environment import Environment
 from tests.proxy.running_proxy import V1, V2, Running, add_version, request, running, serve, until
 from tests.scripted_engine import MODEL, Script, ScriptedEngine, scripted_engine
@@ -197,6 +199,30 @@ def test_a_slow_engine_is_left_out_of_a_version_until_it_has_loaded_it(
     several(test, store, tmp_path)
 
 
+def test_a_lineage_does_not_wait_for_an_engine_that_is_slow_with_the_version_of_another(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(made: list[ScriptedEngine], p: Running) -> None:
+        of_alice = replace(add_version(store, tmp_path, 1), lineage="alice")
+        store.versions.add(of_alice, None)
+        await publish(store, p.proxy.engines, of_alice)
+        serving = p.proxy.versions.serving
+        await until(lambda: serving["alice"].number == 1)
+        made[0].loading = asyncio.Event()
+        store.versions.set_serving("alice", 0)
+        store.versions.set_serving("main", 1)
+        await until(lambda: serving["alice"].number == 0)
+        assert serving["main"].number == 0
+        made[0].loading.set()
+        await until(lambda: serving["main"].number == 1)
+
+    several(
+        *(test, store, tmp_path),
+        access={"alice": Access("alice", None)},
+        intervals=replace(QUICK, flip_s=30.0, store_poll_s=0.2),
+    )
+
+
 def test_an_engine_that_takes_no_adapters_gets_no_request_of_a_version(
     store: Store, tmp_path: Path
 ) -> None:
@@ -249,6 +275,28 @@ def test_what_waits_on_an_engine_that_froze_goes_to_another_one(
         made[0].frozen.set()
         await all_up(p)
         assert (await p.chat(request("new")))[0] == 200
+
+    several(test, store, tmp_path)
+
+
+def test_what_waits_on_an_engine_that_was_slow_once_to_tell_its_health_stays_there(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy, missed = client.EngineClient.healthy, asyncio.Event()
+
+    async def look(self: client.EngineClient) -> bool:
+        found = await healthy(self, 0.2)
+        if not found:
+            missed.set()
+        return found
+
+    async def test(made: list[ScriptedEngine], p: Running) -> None:
+        monkeypatch.setattr(client.EngineClient, "healthy", look)
+        made[0].frozen = missed
+        asked = [asyncio.create_task(p.chat(request(str(n)))) for n in range(6)]
+        assert [(await one)[0] for one in asked] == [200] * 6
+        assert missed.is_set()
+        assert (answered(made), p.proxy.versions.moved) == ([3, 3], 0)
 
     several(test, store, tmp_path)
 

@@ -167,6 +167,26 @@ def test_leases_and_beats_follow_the_databases_clock(
     there.close()
 
 
+def test_the_tables_are_written_anew_once_nobody_reads_there_any_more(
+    config: StoreConfig,
+) -> None:
+    """A reader of two seconds is longer than what other statements wait for a lock."""
+    store = Store(config, patience=Patience(0.1))
+    add(store, turn(0))
+    store.forgetting.forget(Wanted(turns=["turn_0"]))
+    before = store.database.used_bytes()
+    with store.database.read() as connection, ThreadPoolExecutor() as pool:
+        connection.exec_driver_sql("SELECT count(*) FROM texts")
+        done = pool.submit(store.compact)
+        time.sleep(2.0)
+        assert not done.done()
+        connection.rollback()
+        done.result()
+    assert store.database.used_bytes() < before
+    assert {row[0] for row in select(store, "SHOW lock_timeout")} == {"1s"}
+    store.close()
+
+
 def test_what_reads_sees_the_store_as_it_was_when_it_began(config: StoreConfig) -> None:
     store = Store(config)
     add(store, turn(0))
