@@ -74,20 +74,30 @@ class Exchange(NamedTuple):
     """The engine that answered."""
 
 
+class Said(NamedTuple):
+    """What of a turn does not depend on its place in the store."""
+
+    request: Json
+    reply: Json
+    prompt_ids: tuple[int, ...] | None
+    """These three as far as they tell no secret."""
+    completion_ids: tuple[int, ...] | None
+    behaviour_logprobs: tuple[float, ...] | None
+    sampling: Json
+
+
 class Read(NamedTuple):
     """An exchange with all that can be known of it without the store."""
 
     exchange: Exchange
     kind: TurnKind
-    reply: Json
     untrainable: str | None
     """Why the turn must not train; None if it may."""
     history: History
     scope: Scope
     link: Link | None
     keys: Keys
-    kept: Kept
-    """Its tokens, as far as they tell no secret."""
+    content: Said
     parts: Parts | None = None
     """What of its turn is stored, if that was made before the store's lock."""
 
@@ -126,7 +136,6 @@ def read_exchange(
         kept = Kept(None, None, None, UNSEARCHED)
     else:
         kept = kept_tokens(capture, in_prompt, said, reply, redactor)
-    exchange = exchange._replace(request=request)
     name = exchange.explicit_session and known.hide(exchange.explicit_session)
     scope = Scope(
         exchange.lineage,
@@ -138,7 +147,6 @@ def read_exchange(
     return Read(
         exchange=exchange,
         kind=exchange.kind or profile.kind(request),
-        reply=reply,
         untrainable=exchange.untrainable
         or capture.untrainable(request)
         or (_HELD_OUT if exchange.held_out else kept.why),
@@ -146,7 +154,14 @@ def read_exchange(
         scope=scope,
         link=link_of(history, scope, stops),
         keys=keys_of(history, meaning_of(reply), scope, stops),
-        kept=kept,
+        content=Said(
+            request=request,
+            reply=reply,
+            prompt_ids=kept.prompt_ids,
+            completion_ids=kept.completion_ids,
+            behaviour_logprobs=kept.logprobs,
+            sampling=sampling_settings(request, exchange.defaults),
+        ),
     )
 
 
@@ -157,8 +172,7 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
 
 def prepared(store: Store, batch: Sequence[Read]) -> list[Read]:
     """Exchanges with the parts of their turns, for the next recording."""
-    turns = ((_turn(one, "", 0, None), one.message_hashes) for one in batch)
-    parts = store.prepare(turns)
+    parts = store.prepare((one.content, one.message_hashes) for one in batch)
     return [one._replace(parts=own) for one, own in zip(batch, parts, strict=True)]
 
 
@@ -212,7 +226,7 @@ def record(recording: Recording, read: Read) -> Turn:
         recording.replace_cut(place, turn.id)
     # A side turn repeats the history of the main turn, so it is no answer to its reply.
     if parent is not None and not parent.continued and kind is TurnKind.MAIN:
-        sent = objects(exchange.request.get("messages"))
+        sent = objects(read.content.request.get("messages"))
         states = next_states(parent.id, read.history, found.start, sent)
         recording.add_next_states(parent.id, parent.kind == TurnKind.MAIN, states)
     return turn
@@ -234,7 +248,7 @@ def _record_step(recording: Recording, read: Read, episode: str) -> Turn:
     if cut and place is not None:
         recording.replace_cut(place, turn.id)
     if parent is not None and not parent.continued and read.kind is TurnKind.MAIN:
-        messages = objects(exchange.request.get("messages"))
+        messages = objects(read.content.request.get("messages"))
         states = environment_states(parent.id, new_messages(sessions, step, parent, messages))
         recording.add_next_states(parent.id, not exchange.held_out, states)
     return turn
@@ -263,7 +277,7 @@ def amend_exchange(recording: Recording, read: Read) -> None:
 
 
 def _turn(read: Read, session: str, index: int, parent: str | None) -> Turn:
-    exchange, capture, request = read.exchange, read.exchange.capture, read.exchange.request
+    exchange, content = read.exchange, read.content
     return Turn(
         id=exchange.turn_id,
         session=session,
@@ -271,14 +285,14 @@ def _turn(read: Read, session: str, index: int, parent: str | None) -> Turn:
         kind=read.kind,
         lineage=exchange.lineage,
         policy_version=exchange.policy_version,
-        client_model=str(request.get("model") or ""),
-        request=request,
-        reply=read.reply,
-        finish_reason=capture.finish_reason,
-        prompt_ids=read.kept.prompt_ids,
-        completion_ids=read.kept.completion_ids,
-        behaviour_logprobs=read.kept.logprobs,
-        sampling=sampling_settings(request, exchange.defaults),
+        client_model=str(content.request.get("model") or ""),
+        request=content.request,
+        reply=content.reply,
+        finish_reason=exchange.capture.finish_reason,
+        prompt_ids=content.prompt_ids,
+        completion_ids=content.completion_ids,
+        behaviour_logprobs=content.behaviour_logprobs,
+        sampling=content.sampling,
         timings=exchange.timings,
         untrainable=read.untrainable,
         parent=parent,

@@ -19,7 +19,6 @@ from nextstate import sealed_files
 from nextstate.config import StoreConfig
 from nextstate.errors import StoreError
 from nextstate.private_files import make_state_folder
-from nextstate.records import Turn
 from nextstate.store.counts import SHOWN, read_counts
 from nextstate.store.database import Database, Dialect
 from nextstate.store.encryption import Encryption, exclusive_encryption, unlock
@@ -31,7 +30,7 @@ from nextstate.store.keys import Keys
 from nextstate.store.ledger import Head, Ledger
 from nextstate.store.lookup import Lookup
 from nextstate.store.migrations import NotWholeError, is_current, migrate
-from nextstate.store.recording import Parts, Recording, prepared
+from nextstate.store.recording import Content, Parts, Recording, prepared
 from nextstate.store.retention import Retention
 from nextstate.store.reviewing import Reviewing
 from nextstate.store.roles import Roles
@@ -160,7 +159,7 @@ class Store:
             recording.close()
         self._known.packed.clear()  # once it is committed: a batch that has to wait is tried again
 
-    def prepare(self, turns: Iterable[tuple[Turn, Sequence[bytes]]]) -> list[Parts]:
+    def prepare(self, turns: Iterable[tuple[Content, Sequence[bytes]]]) -> list[Parts]:
         """The parts of turns, each with the hashes of its messages, for the next `recording`.
 
         What can be done without a lock is done. Only one thread may prepare and record.

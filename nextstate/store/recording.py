@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import sqlalchemy as sa
 
-from nextstate.records import NextState, Turn
+from nextstate.records import Json, NextState, Turn
 from nextstate.store import counts
 from nextstate.store import schema as t
 from nextstate.store.database import Cursor
@@ -47,6 +47,23 @@ _SERVED = (
 _CONTINUED = sa.update(t.turns).where(_THIS).values(continued=True)
 
 
+class Content(Protocol):
+    """What the parts of a turn are made of: a turn has it, and what is known before its place."""
+
+    @property
+    def request(self) -> Json: ...
+    @property
+    def reply(self) -> Json: ...
+    @property
+    def prompt_ids(self) -> tuple[int, ...] | None: ...
+    @property
+    def completion_ids(self) -> tuple[int, ...] | None: ...
+    @property
+    def behaviour_logprobs(self) -> tuple[float, ...] | None: ...
+    @property
+    def sampling(self) -> Json: ...
+
+
 class Parts(NamedTuple):
     """What of a turn depends on its content alone, as it is stored."""
 
@@ -57,7 +74,7 @@ class Parts(NamedTuple):
     """Columns that may be sealed."""
 
 
-def parts_of(turn: Turn, known: Known, message_hashes: Sequence[bytes] | None = None) -> Parts:
+def parts_of(turn: Content, known: Known, message_hashes: Sequence[bytes] | None = None) -> Parts:
     """The parts of a turn: it needs no store, so no lock is held meanwhile."""
     if message_hashes is None:
         messages = objects(turn.request.get("messages"))
@@ -76,7 +93,7 @@ def parts_of(turn: Turn, known: Known, message_hashes: Sequence[bytes] | None = 
     return Parts(message_hashes, others, values)
 
 
-def prepared(turn: Turn, known: Known, message_hashes: Sequence[bytes]) -> Parts:
+def prepared(turn: Content, known: Known, message_hashes: Sequence[bytes]) -> Parts:
     """The same, with what seems to be new compressed for the transaction that adds the turn.
 
     What is before the last assistant message is most likely the parent's, and so are all but the
