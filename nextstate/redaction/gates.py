@@ -28,6 +28,7 @@ def _table(*classes: tuple[bytes, bytes], other: bytes) -> bytes:
 
 _WORDS = _table((_OF_KEYS, b"x"), other=b" ")
 _NUMBERS = _table((_DIGITS, b"0"), (_UPPER, b"A"), other=b"x")
+_JOINS = _table((_DIGITS, b"0"), (_SEPARATORS, b"-"), (b"+", b"+"), other=b"x")
 
 
 def one_byte_each(text: str) -> bytes:
@@ -47,6 +48,12 @@ def long_words(text: str) -> str:
             found.append(word)
         start = -1 if end < 0 else shape.find(_LONG, end)
     return " ".join(found)
+
+
+def joins_digits(text: str) -> bool:
+    """Whether a text may hold a telephone number that is written as one: not as digits alone."""
+    shape = one_byte_each(text).translate(_JOINS)
+    return b"0-0" in shape or b"0--0" in shape or b"+0" in shape
 
 
 def number_kinds(text: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from datetime import date
 
 from nextstate.redaction import Span, words
+from nextstate.redaction.gates import joins_digits
 
 # Each begins with what it takes first and looks back after it: then `re` jumps from one such
 # character to the next, which is several times as fast as looking back everywhere.
@@ -49,7 +50,7 @@ _LONGEST_WORDS = 48
 """Characters before a number in which words say what it is."""
 
 _ID = re.compile(
-    r"\d(?<![\w.-].)(?:"
+    r"[\dA-Z](?:(?<=\d)(?<![\w.-].)(?:"
     r"\d\d(?P<dash>[ -])\d\d(?P=dash)\d{4}"
     r"|\d\d\.\d{3}\.\d{3}-\d\d"
     r"|\d(?: \d{3}){3}"
@@ -57,11 +58,11 @@ _ID = re.compile(
     r"|\d{6,17}(?:-?[A-Za-z])?"
     r"|\d{5}[AB]\d{8}"
     r")(?![\w-]|\.\d)"
-    r"|[A-Z](?<!\w.)(?:"
+    r"|(?<=[A-Z])(?<!\w.)(?:"
     r"-?\d{7}-?[A-Z]"
     r"|[A-Z] ?\d\d ?\d\d ?\d\d ?[A-D]"
     r"|[A-Z]{5}\d\d[A-Z]\d\d[A-Z]\d{3}[A-Z]"
-    r")(?![\w-])",
+    r")(?![\w-]))",
     re.ASCII,
 )
 """What has the shape of a national id. `_ID_FORMS` say whose it may be."""
@@ -171,8 +172,13 @@ def national_ids(text: str) -> Iterator[Span]:
 
 def phones(text: str) -> Iterator[Span]:
     """Telephone numbers: by their calling code, a country's way to write them, or words."""
+    worded = not text.isascii() or _may_say_phone(text.lower())
+    if not worded and not joins_digits(text):
+        return
     for match in _PHONE.finditer(text):
         start, found = match.start(), match[0]
+        if not worded and found.isdigit():
+            continue
         digits = found.encode().translate(None, b" ()./+-").decode()
         if not 7 <= len(digits) <= 15 or len(set(digits)) < 3 or _COUNTING in digits:
             continue
@@ -203,9 +209,13 @@ def _is_phone(found: str, digits: str, before: str, text: str) -> bool:
 
 
 def _says_phone(before: str) -> bool:
+    return _may_say_phone(before) and _PHONE_WORDS.search(before) is not None
+
+
+def _may_say_phone(before: str) -> bool:
     for stem in _PHONE_STEMS:
         if stem in before:
-            return _PHONE_WORDS.search(before) is not None
+            return True
     return False
 
 

@@ -42,6 +42,15 @@ def test_every_number_passes_its_gate() -> None:
     assert min(found.values()) > 20
 
 
+def test_telephone_numbers_of_digits_alone_are_found_by_words_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = _texts()
+    found = [list(numbers.phones(text)) for text in texts]
+    monkeypatch.setattr(numbers, "_may_say_phone", lambda _: True)  # no text is left out
+    assert found == [list(numbers.phones(text)) for text in texts]
+
+
 @pytest.mark.parametrize("form", forms.KEY_FORMS, ids=lambda form: form.mark)
 def test_no_key_is_shorter_than_the_gate_for_keys(form: Any) -> None:
     shortest = parser.parse(form.pattern).getwidth()[0]
