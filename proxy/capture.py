@@ -360,7 +360,7 @@ class Capture:
             struct.pack(f"{len(ids)}I", *ids)
         except (struct.error, OverflowError, TypeError):
             ids = []
-        if ids != value:
+        if ids is not value:
             self.error = _MALFORMED
         return ids
 

@@ -213,10 +213,7 @@ def _says_phone(before: str) -> bool:
 
 
 def _may_say_phone(before: str) -> bool:
-    for stem in _PHONE_STEMS:
-        if stem in before:
-            return True
-    return False
+    return any(stem in before for stem in _PHONE_STEMS)
 
 
 def _luhn(digits: str) -> bool:
