@@ -67,6 +67,7 @@ _FIELDS = frozenset(
     ("role", "content", "reasoning", "reasoning_content", "tool_calls", "annotations", "citations")
 )
 """Fields of a message: those that are recorded, and two that say nothing of the model's."""
+_TEXT_FIELDS = frozenset(("role", "content"))
 _DECODER = json.JSONDecoder()
 _NO_INDEX = "the engine told parts of a tool call without its index"
 _MALFORMED = "the reply held values of types that a chat reply does not have"
@@ -126,6 +127,11 @@ class Capture:
         for choice in objects(chunk.get("choices")):
             if choice.get("finish_reason") is not None and _is_count(choice.get("index", 0)):
                 self.finished.add(choice.get("index", 0))
+
+    def cut(self, piece: Piece) -> None:
+        """Takes the last chunk's parts in its place: they say the same, and are read faster."""
+        self._unread.pop()
+        self.piece(piece)
 
     def join(self) -> None:
         """Joins pieces that follow each other: a few long ones are handed over faster."""
@@ -369,7 +375,7 @@ class Capture:
             self.content.append(text)
         elif text is not None:
             self.error = _MALFORMED
-        if len(delta) == 1 and text is not None:
+        if delta.keys() <= _TEXT_FIELDS:
             return
         self._thought(delta)
         if any(value and name not in _FIELDS for name, value in delta.items()):

@@ -201,8 +201,8 @@ class Direct(Recorded):
                 self.capture.chunk(completions.as_chat(chunk))
             if "choices" not in chunk:
                 return event  # an error, as the engine wrote it
-            if self._splice is not None:
-                self._splice.learn(event, chunk)
+            if self._splice is not None and (piece := self._splice.learn(event, chunk)):
+                self.capture.cut(piece)
             sent = self._format.client_chunk(chunk, self._asked, self._fingerprint)
         except _MALFORMED as error:
             return _unreadable(event, self.capture, error)

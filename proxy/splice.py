@@ -29,6 +29,9 @@ _RETURN, _BRACE, _NEWLINE = b"\r}\n"
 _BETWEEN = len(_LOGPROBS) + len(_IDS) + len(_END)
 _Parts: TypeAlias = tuple[list[bytes], list[bytes], list[bytes], Piece]
 """(deltas, log-probs, token ids) of several chunks, and all of them joined."""
+_HEAD = frozenset(("id", "object", "created", "model", "system_fingerprint", "choices"))
+_CHOICE = frozenset(("index", "delta", "logprobs", "finish_reason", "token_ids"))
+"""Fields of a chunk, and of its choice, of which only the parts are captured."""
 _TRIES = 3
 """How many chunks are tried as the pattern before a reply is left to the parser."""
 
@@ -42,24 +45,29 @@ class Splice:
         self._ours = b""
         self._tries = _TRIES
 
-    def learn(self, event: bytes, chunk: Json) -> None:
-        """Makes a parsed content chunk the pattern, unless cutting it gives another result."""
+    def learn(self, event: bytes, chunk: Json) -> Piece | None:
+        """Makes a parsed content chunk the pattern, unless cutting it gives another result.
+
+        Returns its parts if it says nothing else; None also if it is not the pattern.
+        """
         if self._theirs or not self._tries:
-            return
+            return None
         choices = objects(chunk.get("choices"))
         if len(choices) != 1:
-            return
+            return None
         if choices[0].get("index") != 0 or not choices[0].get("token_ids"):
-            return
+            return None
         self._tries -= 1
         head, key, _ = event.partition(b'"delta":')
         named, name = orjson.dumps(chunk.get("model")), orjson.dumps(self._asked.model)
         self._theirs = head + key
         self._ours = self._theirs.replace(b'"model":' + named, b'"model":' + name, 1)
-        sent, _, taken = self.cut(event, 0)
+        sent, piece, taken = self.cut(event, 0)
         expected = client_chunk(chunk, self._asked, None)
         if taken != len(event) or json_object(sent.removeprefix(b"data: ")) != expected:
             self._theirs = b""
+            return None
+        return piece if chunk.keys() <= _HEAD and choices[0].keys() <= _CHOICE else None
 
     def cut(self, data: bytes, start: int) -> tuple[bytes, Piece | None, int]:
         """Cuts the whole content chunks that stand in `data` from `start` on, one after the other.

@@ -57,7 +57,11 @@ def test_cut_bytes_are_the_stripped_chunks_and_lose_nothing_however_many_come_at
 ) -> None:
     splice, pieces, whole, as_json = Splice(asked), Capture(), Capture(), Capture()
     first = event_of({"content": "Hi"}, [(1, -0.5)], "Hi")
-    splice.learn(first, parsed(first))
+    learned = splice.learn(first, parsed(first))
+    assert learned is not None
+    for capture in (pieces, whole, as_json):
+        capture.chunk(parsed(first), event_data(first))
+    pieces.cut(learned)
     for read in reads:
         events = [event_of(*chunk) for chunk in read]
         data = b"".join(events)
@@ -76,6 +80,16 @@ def test_cut_bytes_are_the_stripped_chunks_and_lose_nothing_however_many_come_at
         assert taken.message() == whole.message()
         assert taken.behaviour_logprobs() == whole.behaviour_logprobs()
         assert taken.completion_ids == whole.completion_ids
+
+
+def test_the_pattern_is_captured_whole_if_it_says_more_than_its_parts() -> None:
+    event = event_of({"content": "Hi"}, [(1, -0.5)], "Hi")
+    more = event.replace(b'"model"', b'"service_tier":"default","model"')
+    stopped = event.replace(b'"index":0', b'"index":0,"stop_reason":7')
+    for said, whole in ((event, False), (more, True), (stopped, True)):
+        splice = Splice(Asked("m", False, False))
+        assert (splice.learn(said, parsed(said)) is None) is whole
+        assert splice.cut(said, 0)[2] == len(said)  # it is the pattern all the same
 
 
 def test_what_is_no_content_chunk_ends_the_cut_and_is_left_to_the_parser() -> None:
