@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import fields
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from nextstate.hooks import AgentProfile
 from nextstate.records import Json, Timings, Turn, TurnKind, new_id
@@ -38,6 +41,17 @@ from proxy.redacting import (
 
 _LATE = "its episode was closed before the turn was recorded"
 _HELD_OUT = "its episode's split is eval: its turns never train"
+
+
+_fields_of = attrgetter(*(field.name for field in fields(Capture)))
+
+
+def _pickled(capture: Capture) -> tuple[type[Capture], tuple[Any, ...]]:
+    """A capture without the names of its fields, which take longer than most values."""
+    return Capture, _fields_of(capture)
+
+
+copyreg.pickle(Capture, _pickled)
 
 
 class Exchange(NamedTuple):
