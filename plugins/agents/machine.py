@@ -225,10 +225,11 @@ def source_of(text: str) -> Source | None:
     >>> source_of("no, shorter please"), source_of('{"exit_code": 1}')
     (<Source.USER: 'user'>, <Source.ENVIRONMENT: 'environment'>)
     """
-    if is_typed(text) and not _RESULT_TAG.match(text):
+    about, report = _ABOUT_FORM.match(text), _REPORT.match(text)  # the slowest: once each
+    if _is_typed(text, about, report) and not _RESULT_TAG.match(text):
         return Source.USER
-    forms = (_RESULT_LINE, _RESULT_TAG, _ABOUT_FORM, _ASSESSED, _BY_USER)
-    if any(form.match(text) for form in forms):
+    forms = (_RESULT_LINE, _RESULT_TAG, _ASSESSED, _BY_USER)
+    if about or any(form.match(text) for form in forms):
         return Source.ENVIRONMENT
     if is_json(text) or is_tagged(text):
         return Source.ENVIRONMENT
@@ -236,7 +237,7 @@ def source_of(text: str) -> Source | None:
         return Source.ENVIRONMENT if _RESULT_BANNER.match(banner.group()) else None
     if _AUTOMATED.match(text):
         return None
-    if (_REPORT.match(text) or is_log(text)) and not _has_own_words(text):
+    if (report or is_log(text)) and not _has_own_words(text):
         return Source.ENVIRONMENT
     return None if is_template(text) else Source.USER
 
@@ -247,15 +248,19 @@ def is_typed(text: str) -> bool:
     >>> is_typed("Result: wrong. The total is 12."), is_typed("Result: 12")
     (True, False)
     """
+    return _is_typed(text, _ABOUT_FORM.match(text), _REPORT.match(text))
+
+
+def _is_typed(text: str, about: re.Match[str] | None, report: re.Match[str] | None) -> bool:
     if "\n" in text or len(text) > _HEAD_CHARS:
         return False
     if _MARKED.match(text) and (_OWN.search(text) or _MEANT.search(text)):
         return True
     if _SCORED.match(text):
         return True
-    if _ABOUT_FORM.match(text):
+    if about:
         return _ASKS.search(text) is not None
-    if not _REPORT.match(text):
+    if not report:
         return False
     return (_TO_BE_FIXED if _ERROR.match(text) else _TYPED).search(text) is not None
 
