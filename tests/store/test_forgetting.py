@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
@@ -274,6 +275,18 @@ def test_a_text_is_found_wherever_it_was_said(store: Store, text: str, taken: se
         recording.add_turn(named, b"4" * 16, b"4" * 16, client_session="the client's name")
     store.reviewing.give(Feedback("turn_2", 1, None, "It is only in a remark."), OWNER)
     assert set(store.forgetting.plan(Wanted(matching=text)).turns) == taken
+
+
+@pytest.mark.parametrize(
+    "text", ["Müller", "MÜLLER", "Mu\u0308ller", '"name": "Mül', "one\ntwo", "C:\\new\\file", "🙂"]
+)
+def test_a_text_is_found_however_a_client_escaped_it(store: Store, text: str) -> None:
+    """The arguments of a call are JSON within a message's JSON."""
+    arguments = json.dumps({"name": "Müller", "file": "C:\\new\\file", "a": "one\ntwo 🙂"})
+    called = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    reply = {"role": "assistant", "content": None, "tool_calls": [called]}
+    record(store, turn(0, reply=reply), said(1, None))
+    assert store.forgetting.plan(Wanted(matching=text)).turns == ("turn_0",)
 
 
 def test_a_hint_that_quotes_it_goes_with_it(store: Store) -> None:
