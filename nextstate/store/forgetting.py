@@ -234,14 +234,18 @@ def _matching(connection: sa.Connection, text: str) -> tuple[set[str], set[str]]
             found |= {row.turn} if {row.hint, row.comment} & keys else set()
     for row in _stream(connection, sa.select(t.verdicts)):
         found |= {row.turn} if verdict_texts(row) & keys or has(row.votes) else set()
-    episodes = [
+    columns = (_E.task, _E.metadata, _E.id, _E.group_id, _E.sampling)
+    episodes = {
         row.id
-        for row in _stream(connection, sa.select(_E.id, _E.task, _E.metadata, _E.sampling))
-        if {row.task, row.metadata} & keys or has(row.id) or has(row.sampling)
-    ]
+        for row in _stream(connection, sa.select(*columns))
+        if {row.task, row.metadata} & keys or any(map(has, row[2:]))
+    }
+    r = t.rewards.c
+    for row in _stream(connection, sa.select(r.episode, r.name, r.source)):
+        episodes |= {row.episode} if any(map(has, row[1:])) else set()
     for some in _parts(episodes):
         found |= {*connection.execute(sa.select(_T.id).where(_T.episode.in_(some))).scalars()}
-    return found, {*episodes}
+    return found, episodes
 
 
 def _compared(text: str) -> str:

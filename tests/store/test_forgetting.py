@@ -363,6 +363,23 @@ def test_an_episode_that_never_had_a_turn_is_found_and_goes(store: Store, wanted
     check(store)
 
 
+@pytest.mark.parametrize("text", ["of-anna", "said-by-anna", "anna-liked-it", "e-anna"])
+def test_an_episode_is_found_by_each_name_that_its_environment_chose(
+    store: Store, text: str
+) -> None:
+    others = Episode("e2", "main", "terminal", "task")
+    store.episodes.open([Episode("e-anna", "main", "terminal", "task", group="of-anna")], None)
+    store.episodes.open([others], None)
+    store.episodes.reward(
+        [Reward("e-anna", "anna-liked-it", RewardKind.OUTCOME, 1.0, None, "said-by-anna")]
+    )
+    plan = store.forgetting.forget(Wanted(matching=text.upper()))
+    assert plan.episodes == ("e-anna",)
+    for table in ("episodes", "groups", "rewards", "ledger"):
+        assert "anna" not in repr(select(store, f"SELECT * FROM {table}"))
+    check(store)
+
+
 def test_a_version_that_is_made_from_a_withdrawn_one_never_serves(store: Store) -> None:
     for number in (0, 2):
         one = said(number, None)
