@@ -459,14 +459,13 @@ def test_values_of_two_turns_that_change_places_are_an_error(
     assert problems == ["1 turns have a sealed value that was changed: turn_0"]
 
 
-@pytest.mark.parametrize("plain", ['{"stop":["evil"]}', '{"stop": "evil"}', '{"stop": [ "evil" ]}'])
 def test_a_plain_text_in_the_place_of_a_sealed_one_is_an_error(
-    config: StoreConfig, monkeypatch: pytest.MonkeyPatch, plain: str
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encrypt(config, monkeypatch)
     with opened(config) as store:
         fill(store, 1)
-    alter(config, f"UPDATE turns SET sampling = '{plain}' WHERE id = 'turn_0'")
+    alter(config, """UPDATE turns SET sampling = '{"stop":["evil"]}' WHERE id = 'turn_0'""")
     with opened(config) as store, pytest.raises(SealError, match="was changed or moved"):
         store.turns.get("turn_0")
 
