@@ -98,7 +98,7 @@ def is_encrypted(path: Path) -> bool:
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether a file is encrypted, or has to be: then `read` says that it is not. Raises OSError."""
+    """Whether a file is encrypted, or has to be: then `read` says it is not. Raises OSError."""
     with path.open("rb") as file:
         return file.read(len(_MAGIC)) == _MAGIC or _must_be_sealed(path)
 
