@@ -24,7 +24,7 @@ from nextstate.app.stack import engine_process
 from nextstate.app.stages import stage_process
 from nextstate.app.supervisor import Child, end, start
 from nextstate.config import EngineConfig
-from nextstate.engine.process import environment, free_port
+from nextstate.engine.process import environment, free_port, not_passed
 from nextstate.errors import StoreError
 from nextstate.records import Feedback
 from nextstate.store import Store
@@ -212,6 +212,7 @@ def test_only_a_person_lets_something_report(
     env = stage_process(Settings.read(overrides=allowed), "learner", "learner").env
     assert env is not None
     assert env["WANDB_MODE"] == "offline"
+    assert not_passed(EngineConfig(), SILENT) == []  # vLLM gets ours, so nobody is warned
     own = EngineConfig(env={"HF_HUB_OFFLINE": "0"})
     assert environment(own, os.environ)["HF_HUB_OFFLINE"] == "0"
 
