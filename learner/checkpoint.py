@@ -94,4 +94,6 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             "weights and a fresh optimizer"
         ) from error
     version = PolicyVersion(**body["version"], state=VersionState.CANDIDATE)
+    if version.lineage != folder.name:  # a sealed file is known by its own name alone
+        raise LearnerError(f"{path} is that of lineage {version.lineage!r}: delete it to go on")
     return Checkpoint(version, body["batch"], body["training"], body["decided"])

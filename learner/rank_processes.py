@@ -46,9 +46,9 @@ long pass."""
 _START_S = 600
 """The same until its first sign, which follows its imports: they may take long on a busy machine.
 """
-_MEET_TIMEOUT = timedelta(minutes=2)
-"""Of connecting and of a sum of gradients, which all ranks begin at once and which take a moment. A
-rank that met with an error instead says so only after it; a silent one is killed earlier."""
+_MEET_TIMEOUT = timedelta(minutes=10)
+"""Of connecting, of a sum of gradients, and of a divided base's next layer, for which a rank waits
+while another one computes its loss. A silent rank is killed earlier."""
 _END_S = 10.0
 _NOTICE_S = 5.0
 """How long it takes at most to notice that a rank has ended."""

@@ -9,6 +9,7 @@ every rank, from the same numbers. `learner/rank_processes.py` starts the ranks.
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from nextstate.records import Sample
 
 _Found = TypeVar("_Found")
 _LEND = "lend"
+log = logging.getLogger(__name__)
 SHARED_ERRORS = (NoRoomError, StartError, LearnerError)
 """Errors that mean the same on every rank, whichever met them. Any other one ends the learner."""
 
@@ -87,10 +89,13 @@ class Ranks:
                 raise
             raised = error
             if isinstance(error, torch.OutOfMemoryError):
-                raised = LearnerError(
+                # A divided base is as the pass left it: only new processes can go on.
+                kind = LearnerError if self.lend is None else LostRankError
+                raised = kind(
                     f"an update did not fit: {str(error).split('. ')[0]}; lower [learner] "
                     "max_tokens or micro_batch_tokens"
                 )
+                log.error("%s", raised)  # over NCCL the others may be killed before they know
             kind = next((kind for kind in SHARED_ERRORS if isinstance(raised, kind)), LostRankError)
             answer = _Answer(error=(kind, str(raised)))
         finally:
@@ -186,6 +191,8 @@ class Ranks:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if "allocate memory" in str(error):  # of a CPU
+                raise
             raise LostRankError(f"a pass of another rank failed: {error}") from error
         finally:
             self._lends = False

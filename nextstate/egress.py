@@ -17,12 +17,15 @@ from functools import lru_cache
 from typing import Any, cast
 
 from nextstate.errors import NextStateError
+from nextstate.offline import go_offline
 
 log = logging.getLogger(__name__)
 
 _LOOK_UPS = frozenset(("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"))
 _SENDS = frozenset(("socket.connect", "socket.sendto", "socket.sendmsg"))
 _MOST_ADDRESSES = 4096
+METRICS_HOST = "api.wandb.ai"
+"""Where Weights & Biases lets metrics be sent."""
 
 
 class EgressError(NextStateError, PermissionError):
@@ -45,9 +48,13 @@ _allowed = _Allowed()
 
 
 def guard(hosts: Iterable[str]) -> None:
-    """Refuses from now on every host but this machine and `hosts`: names or addresses."""
+    """Refuses from now on every host but this machine and `hosts`: names or addresses.
+
+    Libraries that are imported later do not report, whatever the shell says.
+    """
     is_new = _allowed.hosts is None
     _allowed.hosts = frozenset(map(_plain, hosts))
+    go_offline(sends_metrics=METRICS_HOST in _allowed.hosts)
     if is_new:
         sys.addaudithook(_hook)
         known = socket.getaddrinfo

@@ -70,7 +70,7 @@ def opened(path: Path, data: bytes) -> bytes:
     """
     vault = _vault_of(path)
     if not data.startswith(_MAGIC):
-        if vault is not None and _must_be_sealed(path):
+        if _must_be_sealed(path):
             raise SealError(
                 f"{path} is not encrypted, but its folder is: somebody has put it there; delete it"
             )
@@ -98,9 +98,9 @@ def is_encrypted(path: Path) -> bool:
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether a file is encrypted. Raises OSError."""
+    """Whether a file is encrypted, or has to be: then `read` says it is not. Raises OSError."""
     with path.open("rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
+        return file.read(len(_MAGIC)) == _MAGIC or _must_be_sealed(path)
 
 
 def change_files(folder: Path, source: Vault | None, target: Vault | None) -> None:
@@ -129,6 +129,8 @@ def sealable(folder: Path) -> Iterator[Path]:
 
 
 def _must_be_sealed(path: Path) -> bool:
+    if _vault_of(path) is None:
+        return False
     real = path.resolve()
     root = next(folder for folder in real.parents if folder in _vaults)
     return any(fnmatch(str(real.relative_to(root)), pattern) for pattern in _PATTERNS)

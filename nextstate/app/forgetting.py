@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -123,9 +124,11 @@ def _serve_another(
 
 
 def _delete_files(state_dir: Path, plan: Plan) -> None:
-    """Deletes what withdrawn versions are made of, drafts too, and the pictures of episodes.
+    """Deletes what withdrawn versions are made of, drafts too, and what files hold of episodes.
 
-    A command that was killed may have withdrawn them, so it looks at all that learned from it.
+    Those are their pictures, and the log of the rollout: of an episode that failed it quotes the
+    program. Lines do not always say which one, so the whole log goes. A command that was killed may
+    have withdrawn versions, so it looks at all that learned from the turns.
     """
     from learner.folders import (
         lineage_folder,
@@ -142,6 +145,8 @@ def _delete_files(state_dir: Path, plan: Plan) -> None:
         remove_checkpoint(lineage_folder(state_dir / "learner", lineage))
     for episode in plan.episodes:
         shutil.rmtree(state_dir / "pictures" / episode, ignore_errors=True)
+    for log_file in (state_dir / "logs").glob("rollout.log*") if plan.episodes else ():
+        os.truncate(log_file, 0)  # the rollout appends to it
 
 
 def _delete_judges(settings: Settings, turns: Collection[str]) -> list[str]:

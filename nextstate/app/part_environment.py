@@ -14,8 +14,9 @@ from nextstate.app.settings import Settings
 from nextstate.config import StoreConfig
 
 _SECRET = re.compile(
-    r"(?:^|_)(?:KEYS?|TOKENS?|PASS|PAT|PWD|AUTH|DSN|COOKIES?|JWTS?)(?:_|$)"
-    r"|(?:KEYS?|TOKENS?|CREDENTIALS?)$|SECRET|PASSWORD|PASSWD|PASSPHRASE|^SSH_AUTH_SOCK$|WEBHOOK"
+    r"(?:^|_)(?:PASS|PAT|PWD|AUTH|DSN|COOKIES?|JWTS?)(?:[_\d]|$)"
+    r"|(?:KEYS?|TOKENS?|CREDENTIALS?)(?:[_\d]|$)"
+    r"|SECRET|PASSWORD|PASSWD|PASSPHRASE|^SSH_AUTH_SOCK$|WEBHOOK"
 )
 _NOT_SECRET = frozenset(("PWD", "OLDPWD"))
 _WITH_PASSWORD = re.compile(r"://[^/\s:@]{0,100}:[^/\s@]{1,200}@")

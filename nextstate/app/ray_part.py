@@ -36,6 +36,7 @@ from nextstate.app.supervisor import Child, Supervisor, end
 from nextstate.engine import process as vllm
 from nextstate.engine.whole import engines_folder
 from nextstate.errors import NextStateError
+from nextstate.offline import SWITCHES
 from nextstate.private_files import only_for_owner
 from nextstate.ray_cluster import is_of_cluster, own_address
 
@@ -230,15 +231,19 @@ async def stay_known(settings: Settings, name: str, url: str) -> None:
 
 def _prepare(child: Child) -> None:
     """Makes a process one of a node of Ray."""
-    child.env = _without_ray(child.env or os.environ)
+    child.env = without_ray(child.env or os.environ)
     child.death_signal = signal.SIGKILL  # its successor needs its port
 
 
-def _without_ray(env: Mapping[str, str]) -> dict[str, str]:
-    """Without what Ray sets for its own processes."""
+def without_ray(env: Mapping[str, str]) -> dict[str, str]:
+    """Without what Ray sets for its own processes, and with the switches of `offline`."""
     own = b"\0" + Path("/proc/self/environ").read_bytes()
     threads = _FROM_RAY if f"\0{_FROM_RAY}=".encode() not in own else None
-    return {k: v for k, v in env.items() if not k.startswith("RAY_") and k != threads}
+    return {
+        name: value
+        for name, value in env.items()
+        if name in SWITCHES or not (name.startswith("RAY_") or name == threads)
+    }
 
 
 @contextmanager

@@ -35,7 +35,6 @@ from nextstate.app.tls import certificate
 from nextstate.engine import process as vllm
 from nextstate.engine.adapter_files import remove_all_served
 from nextstate.errors import ConfigError, LostNodeError, StartError
-from nextstate.keys import new_key
 from nextstate.private_files import make_state_folder
 from nextstate.process_lock import ProcessLock
 from nextstate.ray_cluster import is_of_cluster, own_address
@@ -159,7 +158,7 @@ class RayStack(Parts):
             log.warning("%s run already: they go on", ", ".join(known))
         else:
             remove_all_served(self.dir)  # an earlier one was killed
-            write_own_key(self.settings, new_key())
+            write_own_key(self.settings, own_key_of(self.settings))
             if self.managed:
                 key = vllm.managed_key(self.settings.engine)
                 write_engine_file(self.settings, [""] * self.settings.engine.replicas, key)

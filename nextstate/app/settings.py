@@ -19,7 +19,7 @@ from nextstate.config import (
     StoreConfig,
     read_sections,
 )
-from nextstate.egress import is_here
+from nextstate.egress import METRICS_HOST, is_here
 from nextstate.errors import ConfigError
 from nextstate.records import MAIN_LINEAGE, names_adapter
 from proxy.config import AgentsConfig, LineageConfig, ProxyConfig
@@ -38,7 +38,6 @@ _PROVIDERS = {
     "xai": "api.x.ai",
 }
 """The hosts of litellm's providers, by the beginning of a model's name."""
-_WANDB = "api.wandb.ai"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +105,10 @@ class Settings:
         self._check_lineages()
         if self.learner.trains_all:
             self._check_whole_models()
-        if self.learner.wandb and _WANDB not in self.privacy.allow_hosts:
+        if self.learner.wandb and METRICS_HOST not in self.privacy.allow_hosts:
             raise ConfigError(
                 f"[learner] wandb = {self.learner.wandb!r} sends metrics to Weights & Biases: "
-                f'allow it by adding "{_WANDB}" to [privacy] allow_hosts'
+                f'allow it by adding "{METRICS_HOST}" to [privacy] allow_hosts'
             )
         self._check_judge()
 

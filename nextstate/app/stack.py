@@ -17,7 +17,7 @@ from nextstate.app.child_states import child_states_file, write_child_states
 from nextstate.app.engine_access import engine_file, write_engine_file
 from nextstate.app.engine_children import VersionEngines, check_versions, engine_process
 from nextstate.app.engine_pool import POLL_S
-from nextstate.app.own_key import remove_own_key, write_own_key
+from nextstate.app.own_key import own_key_of, remove_own_key, write_own_key
 from nextstate.app.settings import Settings
 from nextstate.app.stages import check_port, require_key, stage_process
 from nextstate.app.supervisor import Child, Supervisor
@@ -26,7 +26,6 @@ from nextstate.engine import process as vllm
 from nextstate.engine.adapter_files import remove_all_served
 from nextstate.engine.whole import engines_folder
 from nextstate.errors import StartError
-from nextstate.keys import new_key
 from nextstate.private_files import make_state_folder
 from nextstate.process_lock import ProcessLock
 from nextstate.records import Json
@@ -130,7 +129,7 @@ class Stack(Parts):
                     "vLLM does not get %s of your environment: set in [engine] env what it needs",
                     ", ".join(left_out),
                 )
-            own_key = new_key()
+            own_key = own_key_of(self.settings)  # a proxy on another machine may have it
             remove_all_served(self.dir)  # an earlier one was killed
             write_own_key(self.settings, own_key)
             write_engine_file(self.settings, self.engine_urls, self._key)

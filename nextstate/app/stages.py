@@ -398,7 +398,6 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
         )
     lineages = known if lineage is None else (lineage,)
     check_model(settings.engine)  # before what takes seconds to import
-    os.environ.update(switches(bool(settings.learner.wandb)))
     cores = shared_cores(settings) if engine_file(settings).exists() else None
     if cores is not None:
         os.sched_setaffinity(0, cores.learner)  # before torch chooses its number of threads

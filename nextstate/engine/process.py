@@ -19,7 +19,7 @@ from nextstate.config import EngineConfig, secret
 from nextstate.engine.key_check import KEY_VARIABLE, KeyCheck
 from nextstate.errors import ConfigError, StartError
 from nextstate.free_memory import free_ram
-from nextstate.offline import SWITCHES
+from nextstate.offline import SWITCHES, switches
 from nextstate.wire import json_object, obj
 
 HOST = "127.0.0.1"
@@ -148,9 +148,8 @@ def environment(config: EngineConfig, inherited: Mapping[str, str]) -> dict[str,
     return {
         **{name: value for name, value in inherited.items() if name not in left_out},
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-        "VLLM_NO_USAGE_STATS": "1",
         **({"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(_LONGEST_STEP_S)} if on_cpu() else {}),
-        **SWITCHES,
+        **switches(sends_metrics=False),
         # Our folders `proxy`, `judge` and `plugins` must not shadow modules inside vLLM.
         "PYTHONSAFEPATH": "1",
         **config.env,
@@ -160,7 +159,7 @@ def environment(config: EngineConfig, inherited: Mapping[str, str]) -> dict[str,
 def not_passed(config: EngineConfig, inherited: Mapping[str, str]) -> list[str]:
     """vLLM's own variables that the server does not get: `[engine] env` does not name them."""
     ours = [name for name in inherited if name.startswith(_OWN_VARIABLES)]
-    return sorted(name for name in ours if name not in config.env)
+    return sorted(name for name in ours if name not in config.env and name not in SWITCHES)
 
 
 def free_port(host: str = HOST) -> int:

@@ -10,6 +10,8 @@ from the file only after `Database.compact`.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,12 +30,13 @@ from nextstate.store.texts import Row
 from nextstate.store.turns import turn_texts
 from nextstate.store.vault import open_column, vault_of
 from nextstate.store.versions import WITHDRAWN
-from nextstate.wire import write_json
 
 _PER_STATEMENT = 500
 _ROWS_AT_ONCE = 1000
 _T, _S, _V, _J, _E = t.turns.c, t.samples.c, t.verdicts.c, t.judgements.c, t.episodes.c
 _Name = TypeVar("_Name", str, bytes)
+_ESCAPED = re.compile(r'\\+(?:u([0-9a-fA-F]{4})|(["/bfnrt]))?')
+_LETTERS = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 _DROPPED = "a person let us forget it"
 
 
@@ -210,13 +213,10 @@ def _chosen(connection: sa.Connection, wanted: Wanted) -> tuple[set[str], set[st
 
 def _matching(connection: sa.Connection, text: str) -> tuple[set[str], set[str]]:
     """The turns with a record that holds the text, and the episodes."""
-    wanted = text.casefold()
-    # Texts of messages are JSON, in which some characters have another form.
-    forms = {wanted, write_json(wanted).decode()[1:-1]}
+    wanted = _compared(text)
 
     def has(value: str | None) -> bool:
-        folded = (value or "").casefold()
-        return any(form in folded for form in forms)
+        return wanted in _compared(value or "")
 
     keys = {key for key, stored in _all_texts(connection) if has(stored.decode(errors="replace"))}
     found, vault = set[str](), vault_of(connection.dialect)
@@ -234,14 +234,36 @@ def _matching(connection: sa.Connection, text: str) -> tuple[set[str], set[str]]
             found |= {row.turn} if {row.hint, row.comment} & keys else set()
     for row in _stream(connection, sa.select(t.verdicts)):
         found |= {row.turn} if verdict_texts(row) & keys or has(row.votes) else set()
-    episodes = [
+    columns = (_E.task, _E.metadata, _E.id, _E.group_id, _E.sampling)
+    episodes = {
         row.id
-        for row in _stream(connection, sa.select(_E.id, _E.task, _E.metadata, _E.sampling))
-        if {row.task, row.metadata} & keys or has(row.id) or has(row.sampling)
-    ]
+        for row in _stream(connection, sa.select(*columns))
+        if {row.task, row.metadata} & keys or any(map(has, row[2:]))
+    }
+    r = t.rewards.c
+    for row in _stream(connection, sa.select(r.episode, r.name, r.source)):
+        episodes |= {row.episode} if any(map(has, row[1:])) else set()
     for some in _parts(episodes):
         found |= {*connection.execute(sa.select(_T.id).where(_T.episode.in_(some))).scalars()}
-    return found, {*episodes}
+    return found, episodes
+
+
+def _compared(text: str) -> str:
+    """A text as it is compared: without case, and without what JSON escapes, however often.
+
+    The arguments of a call are JSON within a message's JSON, and many clients escape `ü` there.
+    """
+    if "\\" in text:
+        text = _ESCAPED.sub(_meant, text)
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+
+
+def _meant(escaped: re.Match[str]) -> str:
+    code, letter = escaped.groups()
+    if code is not None:
+        return chr(int(code, 16))
+    return _LETTERS.get(letter, letter) if letter else "\\"
 
 
 def _with_the_rest(

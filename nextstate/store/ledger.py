@@ -44,6 +44,9 @@ SOMEBODY = "a person"
 _HEAD = re.compile(r"[0-9]{1,18}:[0-9a-f]{64}")
 _NO_HASH = bytes(32)
 """What stands before the first entry."""
+_USED = (_S.turn, _S.score, _S.hinted, _S.advantage)
+"""What an entry tells of each turn that a version trained on; nothing changes these any more."""
+_Used = tuple[Any, ...]
 _AT_ONCE = 1000
 _LISTED = 5
 
@@ -106,9 +109,8 @@ def append_version(connection: sa.Connection, now: float, lineage: str, number: 
     """Adds the entry of a version whose row and samples are written already."""
     ours = _V.lineage == lineage, _V.number == number
     version = connection.execute(sa.select(t.versions).where(*ours)).one()
-    columns = _S.turn, _S.score, _S.hinted, _S.advantage
     used = _S.lineage == lineage, _S.trained_in == number
-    turns = connection.execute(sa.select(*columns).where(*used).order_by(_S.seq))
+    turns = connection.execute(sa.select(*_USED).where(*used).order_by(_S.seq))
     content = {
         "lineage": lineage,
         "number": number,
@@ -250,7 +252,7 @@ class _Told:
     def __init__(self) -> None:
         self.versions: dict[tuple[str, int], tuple[int | None, str | None, str]] = {}
         """Parent, SHA-256 and state by lineage and number."""
-        self.turns: dict[tuple[str, int], set[str]] = {}
+        self.turns: dict[tuple[str, int], dict[str, _Used]] = {}
         """The turns that each version trained on and that are not forgotten."""
         self.rejected: set[tuple[str, int]] = set()
         """The versions that were rejected at some time: their samples may be ready again."""
@@ -260,7 +262,7 @@ class _Told:
         if kind == Kind.FORGOTTEN:
             for turn in content["turns"]:
                 if turn in self._versions_of:
-                    self.turns[self._versions_of[turn]].discard(turn)
+                    self.turns[self._versions_of[turn]].pop(turn, None)
             return
         if kind not in (Kind.VERSION, Kind.STATE):
             return
@@ -269,7 +271,7 @@ class _Told:
             self.rejected.add(key)
         if kind == Kind.VERSION:
             self.versions[key] = content["parent"], content["sha256"], content["state"]
-            self.turns[key] = {row[0] for row in content["turns"]}
+            self.turns[key] = {turn: tuple(used) for turn, *used in content["turns"]}
             self._versions_of |= dict.fromkeys(self.turns[key], key)
         else:
             self.versions[key] = (*self.versions[key][:2], content["state"])
@@ -327,17 +329,20 @@ def _different(connection: sa.Connection, told: _Told) -> Iterator[str]:
                 f"version {number} of {lineage} is {stored.get(key, 'not there')}, and the ledger "
                 f"tells {told.versions.get(key, 'nothing of it')} (parent, sha256, state)"
             )
-    trained: dict[tuple[str, int], set[str]] = {}
-    query = sa.select(_S.lineage, _S.trained_in, _S.turn).where(
+    trained: dict[tuple[str, int], dict[str, _Used]] = {}
+    query = sa.select(_S.lineage, _S.trained_in, *_USED).where(
         _S.state == SampleState.TRAINED, _S.trained_in.is_not(None)
     )
-    for row in connection.execute(query.execution_options(yield_per=_AT_ONCE)):
-        trained.setdefault((row.lineage, row.trained_in), set()).add(row.turn)
+    for lineage, number, turn, *used in connection.execute(
+        query.execution_options(yield_per=_AT_ONCE)
+    ):
+        trained.setdefault((lineage, number), {})[turn] = tuple(used)
     for key in sorted(told.versions.keys() - told.rejected):
-        if wrong := told.turns.get(key, set()) ^ trained.get(key, set()):
+        there = trained.get(key, {})
+        if wrong := {turn for turn, _ in told.turns.get(key, {}).items() ^ there.items()}:
             yield (
-                f"version {key[1]} of {key[0]} trained on other turns than the ledger tells: "
-                + ", ".join(sorted(wrong)[:_LISTED])
+                f"version {key[1]} of {key[0]} trained on other turns than the ledger tells, or on "
+                f"other scores: {', '.join(sorted(wrong)[:_LISTED])}"
             )
 
 

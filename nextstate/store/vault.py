@@ -35,6 +35,8 @@ PREFIX_BYTES = 48
 _MOST_VALUES, _REMEMBERED = 1 << 30, 4096
 _HEX = re.compile(r"[0-9a-f]{32}")
 _OURS = re.compile(r"session_[0-9a-f]{20}")
+_NAME = re.compile(r'"\w{1,64}":')
+"""The name of a field, as `write_json` writes it."""
 _WRAPPING = b"nextstate data key, wrapped 1"
 _ATTRIBUTE = "nextstate_vault"
 
@@ -242,7 +244,7 @@ def open_column(vault: Vault | None, row: str, column: str, stored: bytes | str 
 
 def _is_of_numbers(value: str) -> bool:
     """True for a JSON object without a text in it. What is sealed begins otherwise."""
-    return value[:1] == "{" and ':"' not in value and '["' not in value
+    return value[:1] == "{" and '"' not in _NAME.sub("", value)
 
 
 def vault_of(dialect: sa.Dialect) -> Vault | None:

@@ -15,6 +15,7 @@ from learner.folders import version_path
 from nextstate.app.cli import main
 from nextstate.app.forgetting import UNDER_WAY
 from nextstate.config import StoreConfig
+from nextstate.episodes import Episode
 from nextstate.process_lock import ProcessLock
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
@@ -95,6 +96,21 @@ def test_what_learned_from_it_is_withdrawn_and_its_files_go(
     assert not (store.dir / "learner" / "main" / "checkpoint.pt").exists()
     assert main(["rollback", "2", "--config", str(config)]) == 2
     assert "trained on turns that a person let us forget" in capsys.readouterr().err
+
+
+def test_pictures_and_log_lines_of_an_episode_go_with_it(store: Store, config: Path) -> None:
+    """A line about an episode that failed quotes the program or the server that failed."""
+    store.episodes.open([Episode("e1", "main", "command", "my locker opens with 4711")], None)
+    picture = store.dir / "pictures" / "e1" / "0.jpg"
+    logs = [store.dir / "logs" / name for name in ("rollout.log", "rollout.log.1", "judge.log")]
+    for file in (picture, *logs):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("failed: locker: command not found: 4711")
+    with logs[0].open("ab") as held:  # by the rollout, which goes on
+        assert main(["forget", "--matching", "Locker", "--yes", "--config", str(config)]) == 0
+        held.write(b"later")
+    assert not picture.exists()
+    assert [file.read_text()[:6] for file in logs] == ["later", "", "failed"]
 
 
 def test_a_withdrawn_versions_folder_is_found_whatever_learner_made_it(

@@ -138,6 +138,7 @@ def test_some_secrets_no_part_gets(tmp_path: Path) -> None:
     [
         *((name, "x") for name in ("OPENAI_APIKEY", "PRIVATE_KEY_PEM", "SSH_PRIVATE_KEY_B64")),
         *((name, "x") for name in ("API_KEY_OPENAI", "VAULT_TOKEN_VALUE", "JWT", "JWT_PROD")),
+        *((name, "x") for name in ("OPENAI_APIKEY_PROD", "AUTHTOKEN_CI", "API_KEY2", "GH_TOKEN_2")),
         ("HTTPS_PROXY", "http://ann:hunter2@proxy.example:3128"),
     ],
 )

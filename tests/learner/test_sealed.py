@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -25,7 +26,7 @@ from nextstate.engine.adapter_files import (
     served_folder,
     verify_adapter,
 )
-from nextstate.errors import EngineError, LearnerError
+from nextstate.errors import AdapterError, EngineError, LearnerError
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from tests.encrypted import encrypt
@@ -132,6 +133,35 @@ def test_a_checkpoint_is_sealed_and_read_back(folder: Path) -> None:
     assert (found.version, found.batch, found.decided) == (version, "batch-1", 3)
     assert torch.equal(found.training["moments"]["a.lora_A.weight"], weights()["a.lora_A.weight"])
     file = place / "checkpoint.pt"
+    other = folder / "learner" / "alice"
+    other.mkdir()
+    shutil.copy(file, other)
+    with pytest.raises(LearnerError, match="is that of lineage 'main'"):
+        load_checkpoint(other)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(LearnerError, match="was changed since it was encrypted"):
         load_checkpoint(place)
+
+
+def test_a_plain_checkpoint_or_adapter_in_the_place_of_a_sealed_one_is_not_read(
+    folder: Path,
+) -> None:
+    """Whoever puts it there can write its hash into the database, too."""
+    sealed_files.use(folder, None)
+    version = PolicyVersion("main", 1, 0, None, "0" * 64, 2, VersionState.CANDIDATE, {"loss": 1.0})
+    place = folder / "learner" / "main"
+    place.mkdir(parents=True)
+    save_checkpoint(place, Checkpoint(version, "batch-1", {"moments": weights()}, 3))
+    path = version_path(folder, "main", 1)
+    sha256 = save_adapter(path, weights(), CONFIG, "some/model", CARD)
+    assert plain_bytes(folder)
+    with closing(Store(StoreConfig(dir=str(folder)))):
+        with pytest.raises(LearnerError, match="is not encrypted, but its folder is"):
+            load_checkpoint(place)
+        for given in (sha256, None):
+            with pytest.raises(AdapterError, match="is not encrypted, but its folder is"):
+                load_weights(path, given)
+        with pytest.raises(AdapterError, match="cannot be read"):
+            verify_adapter(path, sha256)
+        with pytest.raises((AdapterError, EngineError), match="is not encrypted"):
+            prepare_served(str(path))

@@ -178,6 +178,18 @@ def test_the_hosts_that_other_sections_name_are_listed_with_their_keys(
     ]
 
 
+def test_a_switch_that_a_person_turned_is_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "nextstate.toml"
+    file.write_text('[engine]\nenv = { HF_HUB_OFFLINE = "0", DO_NOT_TRACK = "1", A = "b" }\n')
+    assert main(["doctor", "--egress", "--config", str(file)]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "no other host may be reached",
+        "whatever vLLM asks for by itself: [engine] env sets HF_HUB_OFFLINE",
+    ]
+
+
 @pytest.mark.parametrize("host", ["https://api.example.com", "a b", "host:443", "", "a/b"])
 def test_a_host_is_named_without_scheme_port_and_path(tmp_path: Path, host: str) -> None:
     file = tmp_path / "nextstate.toml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
@@ -276,6 +277,18 @@ def test_a_text_is_found_wherever_it_was_said(store: Store, text: str, taken: se
     assert set(store.forgetting.plan(Wanted(matching=text)).turns) == taken
 
 
+@pytest.mark.parametrize(
+    "text", ["Müller", "MÜLLER", "Mu\u0308ller", '"name": "Mül', "one\ntwo", "C:\\new\\file", "🙂"]
+)
+def test_a_text_is_found_however_a_client_escaped_it(store: Store, text: str) -> None:
+    """The arguments of a call are JSON within a message's JSON."""
+    arguments = json.dumps({"name": "Müller", "file": "C:\\new\\file", "a": "one\ntwo 🙂"})
+    called = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    reply = {"role": "assistant", "content": None, "tool_calls": [called]}
+    record(store, turn(0, reply=reply), said(1, None))
+    assert store.forgetting.plan(Wanted(matching=text)).turns == ("turn_0",)
+
+
 def test_a_hint_that_quotes_it_goes_with_it(store: Store) -> None:
     first = said(0, None)
     second = said(1, first)
@@ -347,6 +360,23 @@ def test_an_episode_that_never_had_a_turn_is_found_and_goes(store: Store, wanted
     (told,) = store.ledger.newest(1)
     assert told.content["episodes"] == 1
     assert store.ledger.problems() == []
+    check(store)
+
+
+@pytest.mark.parametrize("text", ["of-anna", "said-by-anna", "anna-liked-it", "e-anna"])
+def test_an_episode_is_found_by_each_name_that_its_environment_chose(
+    store: Store, text: str
+) -> None:
+    others = Episode("e2", "main", "terminal", "task")
+    store.episodes.open([Episode("e-anna", "main", "terminal", "task", group="of-anna")], None)
+    store.episodes.open([others], None)
+    store.episodes.reward(
+        [Reward("e-anna", "anna-liked-it", RewardKind.OUTCOME, 1.0, None, "said-by-anna")]
+    )
+    plan = store.forgetting.forget(Wanted(matching=text.upper()))
+    assert plan.episodes == ("e-anna",)
+    for table in ("episodes", "groups", "rewards", "ledger"):
+        assert "anna" not in repr(select(store, f"SELECT * FROM {table}"))
     check(store)
 
 

@@ -143,7 +143,17 @@ def test_an_entry_that_is_missing_moved_or_put_in_is_found(told: Store) -> None:
         (
             "UPDATE samples SET trained_in = NULL, state = 'ready' WHERE turn = 'turn_0'",
             "UPDATE samples SET trained_in = 1, state = 'trained' WHERE turn = 'turn_0'",
-            "trained on other turns than the ledger tells: turn_0",
+            "trained on other turns than the ledger tells, or on other scores: turn_0",
+        ),
+        (
+            "UPDATE samples SET score = 0 - score WHERE turn = 'turn_0'",
+            "UPDATE samples SET score = 0 - score WHERE turn = 'turn_0'",
+            "trained on other turns than the ledger tells, or on other scores: turn_0",
+        ),
+        (
+            "UPDATE samples SET advantage = 2.5 WHERE turn = 'turn_0'",
+            "UPDATE samples SET advantage = NULL WHERE turn = 'turn_0'",
+            "trained on other turns than the ledger tells, or on other scores: turn_0",
         ),
     ],
 )

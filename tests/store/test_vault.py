@@ -75,6 +75,14 @@ def test_settings_with_a_text_are_sealed_and_those_of_numbers_are_not() -> None:
         assert open_column(VAULT, "turn_1", "sampling", sealed) == text
 
 
+@pytest.mark.parametrize(
+    "plain", ['{"stop":["a"]}', '{"stop": "a"}', '{"stop": [ "a" ]}', '{"a" : "b"}']
+)
+def test_a_plain_text_is_not_taken_for_settings_of_numbers(plain: str) -> None:
+    with pytest.raises(SealError):
+        open_column(VAULT, "turn_1", "sampling", plain)
+
+
 def test_a_session_that_we_named_keeps_its_name_and_a_clients_does_not() -> None:
     seal, back = Word(200).ways(VAULT)
     ours = new_id("session")

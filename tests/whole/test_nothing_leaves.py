@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nextstate.offline import switches
 from tests.whole.alone import SERVER, WATCH, alone
 
 ROOT = Path(__file__).parents[2]
@@ -83,9 +84,14 @@ def test_proxy_judge_and_rollout_try_nothing(tmp_path: Path) -> None:
 
 _PLUGIN = """
 import os, socket
+from nextstate.offline import switches
 
 
 def create(settings=None):
+    off = [name for name, value in switches(False).items() if os.environ.get(name) != value]
+    if off:
+        with open(os.environ["TRIED"], "a") as out:
+            out.write(f"may report: {off}\\n")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
         try:
             opened.sendto(b"x", ("198.51.100.4", 9))
@@ -97,7 +103,8 @@ def create(settings=None):
         out.write(outcome + "\\n")
     os._exit(7)
 """
-"""Whatever loads it tries to send something, says what came of it, and ends."""
+"""Whatever loads it says which switches are not set, tries to send something, says what came of it,
+and ends."""
 _CONFIG = """
 [store]
 dir = "{folder}/state"
@@ -144,9 +151,11 @@ PARTS = {
 
 @pytest.mark.parametrize("part", PARTS)
 def test_no_part_lets_a_plugin_send_anything(tmp_path: Path, part: str) -> None:
+    """Nor does a library report by itself: its switch is set, whatever the shell says."""
     (tmp_path / "sends.py").write_text(_PLUGIN)
     tried = tmp_path / "tried"
-    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "TRIED": str(tried)}
+    env = os.environ | dict.fromkeys(switches(sends_metrics=False), "by the shell")
+    env |= {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "TRIED": str(tried)}
     with socket.create_server(("127.0.0.1", 0)) as taken:
         config = _CONFIG.format(folder=tmp_path, port=taken.getsockname()[1])
         (tmp_path / "nextstate.toml").write_text(config)

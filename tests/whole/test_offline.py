@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
+import secrets
 import shutil
 import signal
 import sqlite3
@@ -15,16 +18,20 @@ from pathlib import Path
 import psutil
 import pytest
 
+from nextstate.app.ray_part import without_ray
 from nextstate.app.settings import Settings
+from nextstate.app.stack import engine_process
 from nextstate.app.stages import stage_process
+from nextstate.app.supervisor import Child, end, start
 from nextstate.config import EngineConfig
-from nextstate.engine.process import environment, free_port
+from nextstate.engine.process import environment, free_port, not_passed
 from nextstate.errors import StoreError
-from nextstate.offline import SWITCHES, switches
 from nextstate.records import Feedback
 from nextstate.store import Store
 from nextstate.store.shares import OWNER
+from tests.app.test_part_environment import settings
 from tests.learner.test_tiny_model import Recorded, save_tiny_model
+from tests.scripted_engine import scripted_engine
 from tests.store.test_records import add, turn
 from tests.whole.alone import WATCH, alone
 
@@ -118,17 +125,85 @@ def test_a_missing_model_is_not_looked_up_on_the_internet(tmp_path: Path, comman
     assert watched.noted == {"armed"}
 
 
+SILENT = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # TRL reports by it too
+    "HF_DATASETS_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS": "True",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "WANDB_ERROR_REPORTING": "false",
+    "WANDB_MODE": "disabled",
+}
+"""What each library's own documentation names."""
+
+
+def child_of(settings: Settings, part: str) -> Child:
+    """A child of `nextstate up`, with a program in the place of vLLM."""
+    if part != "engine":
+        return stage_process(settings, part, part)
+    child = engine_process(settings, part, 0, free_port(), "a-key")
+    child.argv = [sys.executable, "-c", "import time; time.sleep(60)"]
+    return child
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("part", ["proxy", "writer", "judge", "learner", "rollout", "engine"])
 def test_every_child_gets_the_offline_switches_over_the_shells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    for name in SILENT:
+        monkeypatch.setenv(name, "by the shell")
+
+    async def test() -> None:
+        async with scripted_engine() as engine:
+            found = settings(tmp_path, engine.url)
+            child = child_of(found, "proxy" if part == "writer" else part)
+            process = await start(child)
+            try:
+                seen = psutil.Process(process.pid)
+                if part == "writer":
+                    async with asyncio.timeout(60):
+                        while not (below := seen.children()):
+                            assert process.returncode is None, child.log_file.read_text()
+                            await asyncio.sleep(0.1)
+                    (seen,) = below
+                    async with asyncio.timeout(10):
+                        while "proxy.writer" not in seen.cmdline():
+                            await asyncio.sleep(0.05)
+                given = seen.environ()
+                assert {name: given.get(name) for name in SILENT} == SILENT
+            finally:
+                await end(child)
+
+    for name in ("CLIENTS", "ALICE", "ENGINE"):
+        monkeypatch.setenv(name, secrets.token_hex(16))
+    asyncio.run(test())
+
+
+def test_an_actor_of_ray_and_what_it_starts_get_the_switches_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (*SWITCHES, "WANDB_MODE"):
-        monkeypatch.setenv(name, "0")
-    settings = Settings.read(overrides={"store": {"dir": str(tmp_path)}})
-    for stage in ("proxy", "judge", "learner"):
-        env = stage_process(settings, stage, stage).env
-        assert env is not None
-        assert env.items() >= switches(sends_metrics=False).items()
-        assert env["WANDB_MODE"] == "disabled"
+    for name in SILENT:
+        monkeypatch.setenv(name, "by the shell")
+    child = stage_process(settings(tmp_path), "judge", "judge")
+    assert child.env is not None
+    assert without_ray(child.env).items() >= SILENT.items()
+    code = "from nextstate.egress import guard; guard(()); import os, json; "
+    code += "print(json.dumps(dict(os.environ)))"  # as `rollout.nodes.Actor` does
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, cwd=Path(__file__).parents[2], check=True
+    )
+    assert json.loads(found.stdout).items() >= SILENT.items()
+
+
+def test_only_a_person_lets_something_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
     allowed = {
         "learner": {"wandb": "p"},
         "privacy": {"allow_hosts": ["api.wandb.ai"]},
@@ -136,8 +211,8 @@ def test_every_child_gets_the_offline_switches_over_the_shells(
     }
     env = stage_process(Settings.read(overrides=allowed), "learner", "learner").env
     assert env is not None
-    assert env["WANDB_MODE"] == "0"
-    assert environment(EngineConfig(), os.environ).items() >= SWITCHES.items()
+    assert env["WANDB_MODE"] == "offline"
+    assert not_passed(EngineConfig(), SILENT) == []  # vLLM gets ours, so nobody is warned
     own = EngineConfig(env={"HF_HUB_OFFLINE": "0"})
     assert environment(own, os.environ)["HF_HUB_OFFLINE"] == "0"
 

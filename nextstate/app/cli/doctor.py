@@ -21,13 +21,18 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.egress:
         from nextstate.app.settings import Settings
+        from nextstate.offline import SWITCHES
 
-        hosts = Settings.read(args.config).hosts
+        settings = Settings.read(args.config)
+        hosts = settings.hosts
         print("this machine: always")
         for host, key in hosts.items():
             print(f"{host}: {key}")
         if not hosts:
             print("no other host may be reached")
+        for name, value in settings.engine.env.items():
+            if name in SWITCHES and value != SWITCHES[name]:
+                print(f"whatever vLLM asks for by itself: [engine] env sets {name}")
         return 0
     return 0 if show_checks(args.config) else EXIT_USAGE
 
