@@ -184,7 +184,10 @@ class Capture:
         if len(cut) == tokens + 1 and _ALTERNATIVES not in told:
             with suppress(orjson.JSONDecodeError):
                 numbers = b",".join([one.partition(b",")[0] for one in cut[1:]])
-                self.logprobs.extend(orjson.loads(b"[" + numbers + b"]"))
+                known = orjson.loads(b"[" + numbers + b"]")
+                if None in known:
+                    raise TypeError("a log-prob is null")
+                self.logprobs.extend(known)
                 self._told.append(cut)
                 return cut
         chunks = objects(orjson.loads(b"[" + told + b"]"))

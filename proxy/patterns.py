@@ -200,7 +200,10 @@ def _head_end(expression: str, at: int) -> int:
 def _atom_end(expression: str, at: int) -> int:
     """Where a character, an escape or a class ends that begins before `at`."""
     if expression[at - 1] == "\\":
-        return at + 1
+        if expression[at : at + 1] not in ("p", "P"):
+            return at + 1
+        is_long = expression.startswith("{", at + 1)  # `\p{L}` or `\pL`
+        return max(expression.find("}", at) + 1, at + 2) if is_long else at + 2
     if expression[at - 1] != "[":
         return at
     while at < len(expression) and expression[at] != "]":
@@ -211,7 +214,7 @@ def _atom_end(expression: str, at: int) -> int:
 def _width(atom: str) -> int:
     if atom == "." or atom.startswith("[^") or atom[:1] + atom[1:2] in ("\\S", "\\D", "\\W"):
         return 2
-    if atom in ("\\p", "\\P"):
+    if atom[:2] in ("\\p", "\\P"):
         return 2
     if atom == "\\w":
         return 1

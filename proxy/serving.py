@@ -181,7 +181,7 @@ class Direct(Recorded):
 
     def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """See `Serving`."""
-        if self._splice is None:
+        if self._splice is None or self.capture.finished:
             return b"", start
         sent, piece, end = self._splice.cut(data, start)
         if piece is not None:
@@ -201,7 +201,8 @@ class Direct(Recorded):
                 self.capture.chunk(completions.as_chat(chunk))
             if "choices" not in chunk:
                 return event  # an error, as the engine wrote it
-            if self._splice is not None and (piece := self._splice.learn(event, chunk)):
+            splice = None if self.capture.finished else self._splice
+            if splice is not None and (piece := splice.learn(event, chunk)):
                 self.capture.cut(piece)
             sent = self._format.client_chunk(chunk, self._asked, self._fingerprint)
         except _MALFORMED as error:

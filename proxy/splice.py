@@ -108,7 +108,7 @@ class Splice:
         cut = len(b"".join(chunks)) - sum(map(len, piece)) + 3 * (len(chunks) - 1)
         fits = cut == len(chunks) * (len(self._theirs) + len(_LOGPROBS) + len(_IDS))
         # No JSON string holds a line break: with one, it is not a single chunk.
-        if not fits or _BRACE in piece[2] or any(_NEWLINE in part for part in piece):
+        if not fits or not all(ids) or _BRACE in piece[2] or any(_NEWLINE in p for p in piece):
             return None
         return deltas, logprobs, ids, piece
 

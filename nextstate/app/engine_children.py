@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -27,8 +28,11 @@ from nextstate.private_files import make_folder, make_state_folder
 from nextstate.store import Store
 from nextstate.store.waiting import Patience
 
+log = logging.getLogger(__name__)
+
 _LARGEST_SHARE = 0.3
 """Of a GPU for each engine: there are up to three while a version changes."""
+_AGAIN_S = 5.0
 _PAUSES_S = 30.0, 30.0
 """Pauses of an engine after an exit with code 2: agents wait for it."""
 
@@ -149,6 +153,16 @@ class VersionEngines:
         settings = self._settings
         if not settings.learner.trains_all:
             return
+        while not ended.is_set():
+            try:
+                await self._run_pool(ended)
+            except Exception:
+                log.exception("the engines of versions cannot be kept; trying again")
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(ended.wait(), _AGAIN_S)
+
+    async def _run_pool(self, ended: asyncio.Event) -> None:
+        settings = self._settings
         store = await asyncio.to_thread(Store, settings.store, patience=Patience(math.inf))
         async with engine_clients(settings) as clients:
             exact = settings.engine.dtype == "float32"

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,7 +147,8 @@ def _delete_files(state_dir: Path, plan: Plan) -> None:
     for episode in plan.episodes:
         shutil.rmtree(state_dir / "pictures" / episode, ignore_errors=True)
     for log_file in (state_dir / "logs").glob("rollout.log*") if plan.episodes else ():
-        os.truncate(log_file, 0)  # the rollout appends to it
+        with suppress(FileNotFoundError):  # it is being rotated
+            os.truncate(log_file, 0)  # the rollout appends to it
 
 
 def _delete_judges(settings: Settings, turns: Collection[str]) -> list[str]:

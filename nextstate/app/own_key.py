@@ -29,7 +29,7 @@ def write_own_key(settings: Settings, key: str) -> None:
 
 def remove_own_key(settings: Settings, key: str) -> None:
     """Removes the file at the proxy's end, unless it is, or may be, another proxy's too."""
-    if settings.store.url:
+    if settings.store.url.startswith("postgres"):
         return
     file = own_key_file(settings)
     with suppress(OSError):

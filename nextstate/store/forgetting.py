@@ -30,6 +30,7 @@ from nextstate.store.texts import Row
 from nextstate.store.turns import turn_texts
 from nextstate.store.vault import open_column, vault_of
 from nextstate.store.versions import WITHDRAWN
+from nextstate.wire import write_json
 
 _PER_STATEMENT = 500
 _ROWS_AT_ONCE = 1000
@@ -213,10 +214,14 @@ def _chosen(connection: sa.Connection, wanted: Wanted) -> tuple[set[str], set[st
 
 def _matching(connection: sa.Connection, text: str) -> tuple[set[str], set[str]]:
     """The turns with a record that holds the text, and the episodes."""
-    wanted = _compared(text)
+    wanted, plain = _compared(text), text.casefold()
+    # A backslash that a person wrote is no escape: as it is, and as the JSON of a message has it.
+    forms = {plain, write_json(plain).decode()[1:-1]}
 
     def has(value: str | None) -> bool:
-        return wanted in _compared(value or "")
+        value = value or ""
+        folded = value.casefold()
+        return any(form in folded for form in forms) or wanted in _compared(value)
 
     keys = {key for key, stored in _all_texts(connection) if has(stored.decode(errors="replace"))}
     found, vault = set[str](), vault_of(connection.dialect)

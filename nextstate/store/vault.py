@@ -35,7 +35,7 @@ PREFIX_BYTES = 48
 _MOST_VALUES, _REMEMBERED = 1 << 30, 4096
 _HEX = re.compile(r"[0-9a-f]{32}")
 _OURS = re.compile(r"session_[0-9a-f]{20}")
-_NAME = re.compile(r'"\w{1,64}":')
+_NAME = re.compile(r'"(?:[^"\\]|\\.)*":')
 """The name of a field, as `write_json` writes it."""
 _WRAPPING = b"nextstate data key, wrapped 1"
 _ATTRIBUTE = "nextstate_vault"

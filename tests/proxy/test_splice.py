@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from proxy.capture import Capture
 from proxy.dialects.chat import Asked, client_chunk
+from proxy.serving import CHAT, Direct
 from proxy.splice import Splice
 from proxy.sse import event_data
 
@@ -108,6 +109,7 @@ def test_what_is_no_content_chunk_ends_the_cut_and_is_left_to_the_parser() -> No
             (b'"finish_reason":null', b'"finish_reason":"stop","stop_reason":null'),
             (b'"index":0', b'"index":1'),
             (b'"token_ids":[1]', b'"token_ids":null'),
+            (b'"token_ids":[1]', b'"token_ids":[]'),
             (b',"logprobs":', b',"more":1}}]}\n\n' + first[:-9] + b',"logprobs":'),
             (b"]}]}\n\n", b']}],"usage":{"prompt_tokens":1}}\n\n'),
             (b"]}]}\n\n", b']},{"index":1,"token_ids":[2]}]}\n\n'),
@@ -124,6 +126,39 @@ def test_what_is_no_content_chunk_ends_the_cut_and_is_left_to_the_parser() -> No
             assert splice.cut(read, 0) == (sent, piece, len(first)), other
         # `start` is where the parser stopped: what stands before it is nobody's any more.
         assert splice.cut(other + first, len(other)) == (sent, piece, len(other + first))
+
+
+def relayed(*events: bytes) -> Capture:
+    """What is captured of a stream that is relayed event by event, where it cannot be cut."""
+    request: dict[str, Any] = {"model": "m", "messages": [], "stream": True}
+    serving = Direct(CHAT, request, "m", None)
+    for event in events:
+        _, end = serving.content(event, 0)
+        if end < len(event):
+            serving.event(event)
+    serving.capture.read()
+    return serving.capture
+
+
+HI = event_of({"content": "Hi"}, [(1, -0.5)], "Hi")
+LAST = HI.replace(b'"finish_reason":null', b'"finish_reason":"stop"')
+
+
+def test_a_log_prob_that_is_no_number_loses_no_reply_and_trains_none() -> None:
+    null = HI.replace(b"-0.5", b"null")
+    for events in ((null, LAST), (HI, null, LAST), (HI, HI, null, LAST)):
+        assert "could not be read" in str(relayed(*events).untrainable({}))
+
+
+def test_what_comes_after_the_replys_end_is_seen_wherever_the_pattern_begins() -> None:
+    said = "the engine sent parts of the reply after its end"
+    for events in ((LAST, HI), (HI, LAST, HI), (HI, HI, LAST, HI)):
+        assert relayed(*events).untrainable({}) == said
+
+
+def test_a_chunk_without_ids_takes_no_text_of_the_others_away() -> None:
+    capture = relayed(HI, HI, HI.replace(b"[1]", b"[]"), LAST)
+    assert capture.message()["content"] == "HiHiHiHi"
 
 
 def test_a_stream_with_other_line_ends_is_left_to_the_parser() -> None:

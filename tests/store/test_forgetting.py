@@ -289,6 +289,15 @@ def test_a_text_is_found_however_a_client_escaped_it(store: Store, text: str) ->
     assert store.forgetting.plan(Wanted(matching=text)).turns == ("turn_0",)
 
 
+@pytest.mark.parametrize("text", ["bob", "network", "temp", "C:\\Users\\bob", "\\\\server\\net"])
+def test_a_text_is_found_behind_a_backslash_that_is_no_escape(store: Store, text: str) -> None:
+    """`\\b`, `\\n` and `\\t` also begin names of folders."""
+    words = "see C:\\Users\\bob\\notes, C:\\temp and \\\\server\\network"
+    told = turn(0, request={"messages": [message("user", words)]})
+    record(store, told, said(1, None))
+    assert store.forgetting.plan(Wanted(matching=text)).turns == ("turn_0",)
+
+
 def test_a_hint_that_quotes_it_goes_with_it(store: Store) -> None:
     first = said(0, None)
     second = said(1, first)
