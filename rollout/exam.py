@@ -85,6 +85,8 @@ class Exams:
         self._solved: dict[Place, bool] = {}
         self._tries: Counter[Place] = Counter()
         self._playing: set[Place] = set()
+        self._changing = asyncio.Lock()
+        """An exam does not begin while an outcome is noted."""
 
     async def hold_on(self) -> None:
         """Says again and again that this run holds the exams; it says the opposite at the end."""
@@ -120,6 +122,10 @@ class Exams:
 
     async def ended(self, place: Place, attempt: Attempt) -> None:
         """Notes an outcome; an episode without one is tried again."""
+        async with self._changing:
+            await self._ended(place, attempt)
+
+    async def _ended(self, place: Place, attempt: Attempt) -> None:
         self._playing.discard(place)
         self.played += 1
         if self._candidate is None or place.version not in _both(self._candidate):
@@ -150,7 +156,8 @@ class Exams:
             self._candidate = None
             self._todo.clear()
         elif self._candidate is None or waits.number != self._candidate.number:
-            await self._begin(waits)
+            async with self._changing:
+                await self._begin(waits)
 
     async def _begin(self, candidate: PolicyVersion) -> None:
         self._tasks = tasks = self._given.tasks()
@@ -165,7 +172,8 @@ class Exams:
             place
             for number in range(len(tasks))
             for place in (Place(version, number) for version in _both(candidate))
-            if place not in self._solved and self._tries[place] < MOST_TRIES
+            if not (place in self._solved or place in self._playing)
+            and self._tries[place] < MOST_TRIES
         )
         self._candidate = candidate
         log.info("exam version=%d episodes=%d", candidate.number, len(self._todo))
@@ -184,7 +192,7 @@ class Exams:
             self._tries[place] += 1
             if outcome is not None:
                 self._solved[place] = outcome >= SOLVED
-            elif state is EpisodeState.OPEN:
+            elif state is EpisodeState.OPEN and place not in self._playing:
                 left = Opened(f"{group}-0", state, "", "")
                 await self._proxy.give_up(left, EpisodeStatus.ABORTED)
 

@@ -17,14 +17,15 @@ from aiohttp.test_utils import TestServer
 from nextstate.app.cli import command_parser
 from nextstate.app.cli.rollout import exams_of
 from nextstate.app.settings import Settings
-from nextstate.episodes import Episode, EpisodeStatus, Split
+from nextstate.engine.client import publish
+from nextstate.episodes import Episode, EpisodeState, EpisodeStatus, Split
 from nextstate.exams import Exam
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from proxy.lineages import Access
 from rollout import exam as exam_module
 from rollout.attempt import Attempt
-from rollout.exam import Exams, Given
+from rollout.exam import Exams, Given, Place
 from rollout.player import Here
 from rollout.proxy import Opened, ProxyClient
 from rollout.runner import Plan, run
@@ -55,6 +56,11 @@ def exam_of(store: Store, lineage: str = "main") -> Exam:
 
 def exam_episodes(store: Store) -> list[Episode]:
     return [one for one in every_episode(store) if one.split is Split.EVAL]
+
+
+async def episodes_of(exams: Exams) -> AsyncGenerator[tuple[Place, Opened, Task]]:
+    while (found := await exams.next()) is not None:
+        yield found
 
 
 def test_a_run_of_another_lineage_plays_the_exam_of_its_candidate(
@@ -146,6 +152,33 @@ def test_an_episode_of_an_exam_that_its_node_lost_is_played_again(
         statuses = [one.status for one in exam_episodes(store)]
         assert statuses.count(EpisodeStatus.ABORTED) == 2
         assert statuses.count(EpisodeStatus.DONE) == 8
+
+    both(test, store, tmp_path)
+
+
+def test_an_exam_that_begins_leaves_the_episodes_alone_that_are_still_played(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exam_module, "LOOK_S", 0.0)
+
+    async def test(_: ScriptedEngine, p: Running) -> None:
+        made = add_version(store, tmp_path, 1)
+        async with client(p) as proxy:
+            exams = Exams(GIVEN, proxy, store)
+            found = await exams.next()
+            assert found is not None
+            place, opened, task = found
+            assert (place.version, await proxy.calls(opened)) == (1, 0)
+            await publish(store, p.proxy.engines, made)  # it was waited for long enough
+            add_version(store, tmp_path, 2)
+            places = [one[0] async for one in episodes_of(exams)]
+            assert await proxy.state(opened.episode) is EpisodeState.OPEN
+            assert (len(places), len({*places, place})) == (7, 8)
+            for one in (*places, place):
+                done = Attempt(opened.episode, task, EpisodeStatus.DONE, outcome=1.0)
+                await exams.ended(one, done)
+            assert await exams.next() is None
+        assert exam_of(store) == Exam(planned=4, tasks=4, solved=4)
 
     both(test, store, tmp_path)
 
