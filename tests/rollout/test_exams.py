@@ -183,6 +183,28 @@ def test_an_exam_that_begins_leaves_the_episodes_alone_that_are_still_played(
     both(test, store, tmp_path)
 
 
+def test_workers_that_find_nothing_wait_for_an_exam_while_another_plays(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exam_module, "LOOK_S", 0.0)
+
+    async def test(_: ScriptedEngine, p: Running) -> None:
+        async def step() -> None:
+            if not store.versions.newest("main", 1):
+                await asyncio.sleep(0.1)  # the others have looked, and found nothing
+                add_version(store, tmp_path, 1)
+            await until(lambda: kind.most_playing == PLAN.parallel)
+
+        kind = ShownKind(at_step=step)
+        async with client(p) as proxy:
+            exams = Exams(GIVEN, proxy, store)
+            await run(PLAN, tasks(1), kind, proxy, ignore, exams=exams)
+        assert kind.most_playing == PLAN.parallel
+        assert exam_of(store) == Exam(planned=4, tasks=4, solved=4)
+
+    both(test, store, tmp_path)
+
+
 @asynccontextmanager
 async def command(store: Store, p: Running, tmp_path: Path, *more: str) -> AsyncGenerator[Process]:
     """`nextstate rollout` in a process of its own, on the proxy's store."""
