@@ -76,6 +76,8 @@ class Exams:
         self.played = 0
         """Episodes that have ended."""
         self._held_by: str | None = None
+        self._holding: asyncio.Task[str] | None = None
+        """The last time it says so to the store; one at a time."""
         self._look_at = 0.0
         self._candidate: PolicyVersion | None = None
         self._tasks: Sequence[Task] = ()
@@ -98,6 +100,8 @@ class Exams:
             leave = self._store.examiners.leave
             with suppress(StoreError, TimeoutError):  # then it ends by itself
                 async with asyncio.timeout(_LEAVE_S):
+                    if self._holding is not None:  # it may go on in its thread
+                        await asyncio.wait([self._holding])
                     await asyncio.to_thread(leave, self._given.lineage, self._given.holder)
 
     async def next(self) -> tuple[Place, Opened, Task] | None:
@@ -137,8 +141,12 @@ class Exams:
         await self._note(self._candidate)
 
     async def _hold(self) -> None:
-        hold = self._store.examiners.hold
-        held_by = await asyncio.to_thread(hold, self._given.lineage, self._given.holder)
+        if self._holding is None or self._holding.done():
+            hold = asyncio.to_thread(
+                self._store.examiners.hold, self._given.lineage, self._given.holder
+            )
+            self._holding = asyncio.create_task(hold)
+        held_by = await asyncio.shield(self._holding)
         if held_by not in (self._held_by, self._given.holder):
             log.warning("%s holds the exams of lineage=%s", held_by, self._given.lineage)
         self._held_by = held_by

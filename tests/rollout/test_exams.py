@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from asyncio.subprocess import Process
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ from nextstate.episodes import Episode, EpisodeState, EpisodeStatus, Split
 from nextstate.exams import Exam
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
+from nextstate.store.examiners import Examiners
 from proxy.lineages import Access
 from rollout import exam as exam_module
 from rollout.attempt import Attempt
@@ -181,6 +183,32 @@ def test_an_exam_that_begins_leaves_the_episodes_alone_that_are_still_played(
         assert exam_of(store) == Exam(planned=4, tasks=4, solved=4)
 
     both(test, store, tmp_path)
+
+
+def test_a_run_that_ends_while_it_says_that_it_holds_the_exams_holds_them_no_more(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, go = threading.Event(), threading.Event()
+
+    def hold(lineage: str, holder: str) -> str:
+        asked.set()
+        go.wait(2)  # longer than `leave` would take beside it
+        return Examiners.hold(store.examiners, lineage, holder)
+
+    async def test() -> None:
+        holding = asyncio.create_task(
+            Exams(GIVEN, ProxyClient.__new__(ProxyClient), store).hold_on()
+        )
+        await asyncio.to_thread(asked.wait)
+        holding.cancel()
+        done, _ = await asyncio.wait([holding], timeout=1)
+        assert not done
+        go.set()
+        await asyncio.wait([holding])
+
+    monkeypatch.setattr(store.examiners, "hold", hold)
+    asyncio.run(test())
+    assert store.examiners.holder("main") is None
 
 
 def test_workers_that_find_nothing_wait_for_an_exam_while_another_plays(
