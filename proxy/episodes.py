@@ -135,12 +135,15 @@ class EpisodeRoutes:
 
         Counts the episodes that have been played in it, for the learner.
         """
+        if not self._recorder.enabled:
+            raise Refused(409, UNRECORDED_EPISODE)
         asked = await self._asked(request, EXAM)
-        planned = asked.get("tasks", 0)
         holder = self._kept(asked.get("holder", "unnamed"))
         with _Checked():
             check_label("holder", holder)
             lineage = self._lineage(request, asked)
+            if (planned := asked.get("tasks")) is None:
+                raise RecordError(f"tasks is missing: expected 1 to {MOST_EXAM_TASKS}")
             if not 1 <= planned <= MOST_EXAM_TASKS:
                 raise RecordError(f"tasks = {planned!s:.80}: expected 1 to {MOST_EXAM_TASKS}")
         held_by = await in_store(self._store.examiners.hold, lineage, f"program {holder}")
@@ -152,7 +155,7 @@ class EpisodeRoutes:
             )
         exam, numbers = Exam(), [None, None]
         for newest in await in_store(self._store.versions.newest, lineage, 1):
-            if newest.state is VersionState.CANDIDATE:
+            if newest.state is VersionState.CANDIDATE and not newest.is_whole_model:
                 exam = await in_store(self._store.examiners.count, newest, planned)
                 numbers = [newest.number, newest.parent or 0]
                 if exam != Exam.of(newest.metrics):
@@ -354,6 +357,8 @@ class _Checked:
             raise Refused(404, f"{error}.") from error
         if isinstance(error, RecordError):
             raise Refused(400, f"{error}.") from error
+        if isinstance(error, RecursionError):  # a message cannot repeat it
+            raise Refused(400, "The body is nested too deep.") from error
 
 
 def _read(body: object, fields: Mapping[str, Field]) -> Json:

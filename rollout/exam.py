@@ -76,6 +76,8 @@ class Exams:
         self.played = 0
         """Episodes that have ended."""
         self._held_by: str | None = None
+        self._holding: asyncio.Task[str] | None = None
+        """The last time it says so to the store; one at a time."""
         self._look_at = 0.0
         self._candidate: PolicyVersion | None = None
         self._tasks: Sequence[Task] = ()
@@ -85,6 +87,8 @@ class Exams:
         self._solved: dict[Place, bool] = {}
         self._tries: Counter[Place] = Counter()
         self._playing: set[Place] = set()
+        self._changing = asyncio.Lock()
+        """An exam does not begin while an outcome is noted."""
 
     async def hold_on(self) -> None:
         """Says again and again that this run holds the exams; it says the opposite at the end."""
@@ -96,6 +100,8 @@ class Exams:
             leave = self._store.examiners.leave
             with suppress(StoreError, TimeoutError):  # then it ends by itself
                 async with asyncio.timeout(_LEAVE_S):
+                    if self._holding is not None:  # it may go on in its thread
+                        await asyncio.wait([self._holding])
                     await asyncio.to_thread(leave, self._given.lineage, self._given.holder)
 
     async def next(self) -> tuple[Place, Opened, Task] | None:
@@ -120,6 +126,10 @@ class Exams:
 
     async def ended(self, place: Place, attempt: Attempt) -> None:
         """Notes an outcome; an episode without one is tried again."""
+        async with self._changing:
+            await self._ended(place, attempt)
+
+    async def _ended(self, place: Place, attempt: Attempt) -> None:
         self._playing.discard(place)
         self.played += 1
         if self._candidate is None or place.version not in _both(self._candidate):
@@ -131,8 +141,12 @@ class Exams:
         await self._note(self._candidate)
 
     async def _hold(self) -> None:
-        hold = self._store.examiners.hold
-        held_by = await asyncio.to_thread(hold, self._given.lineage, self._given.holder)
+        if self._holding is None or self._holding.done():
+            hold = asyncio.to_thread(
+                self._store.examiners.hold, self._given.lineage, self._given.holder
+            )
+            self._holding = asyncio.create_task(hold)
+        held_by = await asyncio.shield(self._holding)
         if held_by not in (self._held_by, self._given.holder):
             log.warning("%s holds the exams of lineage=%s", held_by, self._given.lineage)
         self._held_by = held_by
@@ -150,7 +164,8 @@ class Exams:
             self._candidate = None
             self._todo.clear()
         elif self._candidate is None or waits.number != self._candidate.number:
-            await self._begin(waits)
+            async with self._changing:
+                await self._begin(waits)
 
     async def _begin(self, candidate: PolicyVersion) -> None:
         self._tasks = tasks = self._given.tasks()
@@ -165,7 +180,8 @@ class Exams:
             place
             for number in range(len(tasks))
             for place in (Place(version, number) for version in _both(candidate))
-            if place not in self._solved and self._tries[place] < MOST_TRIES
+            if not (place in self._solved or place in self._playing)
+            and self._tries[place] < MOST_TRIES
         )
         self._candidate = candidate
         log.info("exam version=%d episodes=%d", candidate.number, len(self._todo))
@@ -184,7 +200,7 @@ class Exams:
             self._tries[place] += 1
             if outcome is not None:
                 self._solved[place] = outcome >= SOLVED
-            elif state is EpisodeState.OPEN:
+            elif state is EpisodeState.OPEN and place not in self._playing:
                 left = Opened(f"{group}-0", state, "", "")
                 await self._proxy.give_up(left, EpisodeStatus.ABORTED)
 

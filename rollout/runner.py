@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 MOST_TRIES = 3
 """Episodes for one place of a group."""
 REST_S = 0.2
-"""Seconds between two looks whether the next episode may begin."""
+"""Seconds between two looks whether the next episode may begin, or whether there is one."""
 _MOST_FAMILIES = 20
 """More are not shown one by one: then the ids have no families."""
 
@@ -120,9 +120,13 @@ async def run(
                     await asyncio.sleep(REST_S)
                 exam = await exams.next() if exams else None
                 found = None if exam else await anext(queue, None)
-                if exam is None and found is None:
+                if exam or found:
+                    playing += 1
+            if exam is None and found is None:
+                if exams is None or not playing:
                     return
-                playing += 1
+                await asyncio.sleep(REST_S)  # a candidate may come of what is played
+                continue
             try:
                 if exams and exam:
                     place, opened, task = exam

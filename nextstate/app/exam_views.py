@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from nextstate.app.settings import Settings
 from nextstate.exams import FAILED, MISSED, Exam
 from nextstate.records import PolicyVersion
@@ -15,15 +17,15 @@ NO_HOLDER = (
 )
 
 
-def exams(settings: Settings, store: Store) -> dict[str, str]:
-    """By lineage: what came of the last exam, and who holds its exams.
+def exams(settings: Settings, store: Store, lineages: Iterable[str]) -> dict[str, str]:
+    """By lineage, of those that are asked for: what came of the last exam, and who holds its exams.
 
     Also that nobody does, where it has learned in environments.
     """
     found: dict[str, str] = {}
     learns = {name for name, _ in store.groups.environments()}
     configured = settings.rollout.lineage if settings.rollout.environment else None
-    for name in settings.all_lineages:
+    for name in lineages:
         texts = [exam_text(version) for version in store.versions.newest(name, _EXAMS_SHOWN)]
         told = [*filter(None, reversed(texts))][:1]
         if (holder := store.examiners.holder(name)) is not None:

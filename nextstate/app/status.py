@@ -57,7 +57,7 @@ async def status(settings: Settings) -> Json:
         "kept": str(await asyncio.to_thread(read_keep, settings.store.path)),
         "unrecorded": _unrecorded(settings, await _ask_proxy(settings, "/metrics")),
         "rollout": await asyncio.to_thread(_rollout, settings),
-        "exams": await asyncio.to_thread(exams, settings, store),
+        "exams": await asyncio.to_thread(exams, settings, store, settings.all_lineages),
         "environments": await asyncio.to_thread(settled_worth, store),
         "trained_judge": await asyncio.to_thread(trained_worth, settings),
         "judge_agreement": judge_agreement(await asyncio.to_thread(store.judging.labels)),

@@ -121,7 +121,16 @@ def test_a_candidate_waits_only_while_somebody_holds_the_exams_of_its_lineage(
     begun = noted(store, Exam(planned=32, tasks=3, solved=1))
     assert "nextstate rollout --run night plays it" in (examining.waits(begun) or "")
     store.examiners.leave("main", "nextstate rollout --run night")
-    assert "nobody plays it now" in (examining.waits(begun) or "")
+    waits = examining.waits(begun) or ""
+    assert "nobody plays it now; it is waited for 1 min at most" in waits
+    clock.now += BEGIN_S
+    assert examining.waits(begun)
+    store.examiners.hold("main", "nextstate rollout --run noon")
+    assert "nextstate rollout --run noon plays it" in (examining.waits(begun) or "")
+    store.examiners.leave("main", "nextstate rollout --run noon")
+    assert examining.waits(begun)
+    clock.now += BEGIN_S + 0.1
+    assert examining.waits(begun) is None
     assert examining.waits(made) is None
     assert examining.objection(made) is None  # it was waited for
     found = store.versions.get("main", 1)

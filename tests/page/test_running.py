@@ -12,8 +12,10 @@ import pytest
 
 from nextstate.app.cli import main
 from nextstate.app.page.running import lags
+from nextstate.app.settings import Settings
 from nextstate.records import Feedback
 from nextstate.store import Store
+from nextstate.store.examiners import Examiners
 from nextstate.store.shares import OWNER
 from nextstate.training_status import write_training_status
 from tests.page.running_page import Site, on_site, words
@@ -45,8 +47,16 @@ def test_how_it_runs_shows_queues_lag_engine_and_the_judge(store: Store, tmp_pat
 
 
 def test_how_it_runs_says_who_holds_exams_and_which_version_waits_for_one(
-    store: Store, tmp_path: Path
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Settings, "all_lineages", ("main", "other"))
+    asked: set[str] = set()
+
+    def holder(lineage: str) -> str | None:
+        asked.add(lineage)
+        return Examiners.holder(store.examiners, lineage)
+
+    monkeypatch.setattr(store.examiners, "holder", holder)
     waits = "version 1 takes its exam before it serves: `program words` has not begun it"
 
     async def test(site: Site) -> None:
@@ -57,6 +67,7 @@ def test_how_it_runs_says_who_holds_exams_and_which_version_waits_for_one(
         found = words(await site.get("/page/running"))
         assert "Exams: program words holds them" in found
         assert f"The learner: {waits}" in found
+        assert asked == {"main"}
 
     on_site(test, store, tmp_path)
 

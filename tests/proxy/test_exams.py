@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from learner.examining import Examining
 from nextstate.exams import Exam
-from nextstate.records import PolicyVersion
+from nextstate.records import WHOLE_MODEL, PolicyVersion, VersionState
 from nextstate.store import Store
 from nextstate.store.examiners import HELD_S
+from proxy.episode_calls import UNRECORDED_EPISODE
 from proxy.lineages import Access
 from tests.proxy.environment import Environment, refusal
 from tests.proxy.running_proxy import Running, add_version, both, serve
-from tests.scripted_engine import MODEL, Script, ScriptedEngine
+from tests.scripted_engine import MODEL, Script, ScriptedEngine, write_weights
 
 DATABASES = True
 DOCS = Path(__file__).parents[2] / "docs"
@@ -101,6 +103,55 @@ def test_one_program_holds_the_exams_until_it_has_said_nothing_for_a_minute(
         assert store.examiners.holder("main") is None
         assert await environment.ask("POST", "exams", body) == NONE
         assert store.examiners.holder("main") == "program sums"
+
+    both(test, store, tmp_path)
+
+
+def test_what_is_no_request_for_an_exam_is_refused_with_what_to_change(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(_: ScriptedEngine, p: Running) -> None:
+        environment = Environment(p)
+        await environment.open("e")
+        for body, told in (
+            ({}, "tasks is missing: expected 1 to 1000"),
+            ({"tasks": 0}, "tasks = 0: expected 1 to 1000"),
+        ):
+            assert refusal(await environment.ask("POST", "exams", body, 400)).startswith(told)
+        deep = b"[" * 1000 + b"]" * 1000
+        sampling = b'{"environment": "e", "task": "t", "sampling": {"top_p": %b}}' % deep
+        for path, bodies in {
+            "exams": (deep, b'{"tasks": %b}' % deep),
+            "episodes": (deep, sampling),
+            "groups": (deep, b'{"group_size": %b}' % deep),
+            "episodes/e/close": (deep, b'{"status": %b}' % deep),
+            "episodes/e/rewards": (deep, b'[{"kind": %b}]' % deep),
+        }.items():
+            for deep_one in bodies:
+                answer = await environment.ask("POST", path, deep_one, 400)
+                assert refusal(answer) == "The body is nested too deep."
+
+    both(test, store, tmp_path)
+
+
+def test_no_exam_is_planned_where_nothing_is_recorded(store: Store, tmp_path: Path) -> None:
+    async def test(_: ScriptedEngine, p: Running) -> None:
+        add_version(store, tmp_path, 1)
+        answer = await Environment(p).ask("POST", "exams", {"tasks": 2}, 409)
+        assert refusal(answer) == UNRECORDED_EPISODE
+        assert Exam.of(newest(store).metrics) == Exam()
+        assert store.examiners.holder("main") is None
+
+    both(test, store, tmp_path, record=False)
+
+
+def test_a_whole_model_takes_no_exam(store: Store, tmp_path: Path) -> None:
+    async def test(_: ScriptedEngine, p: Running) -> None:
+        sha256 = write_weights(tmp_path / "v1")
+        made = PolicyVersion("main", 1, 0, str(tmp_path / "v1"), sha256, 16, VersionState.CANDIDATE)
+        store.versions.add(replace(made, metrics={WHOLE_MODEL: 1.0}), None)
+        assert await Environment(p).ask("POST", "exams", {"tasks": 2}) == NONE
+        assert Exam.of(newest(store).metrics) == Exam()
 
     both(test, store, tmp_path)
 

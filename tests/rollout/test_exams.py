@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import threading
 from asyncio.subprocess import Process
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -17,14 +18,16 @@ from aiohttp.test_utils import TestServer
 from nextstate.app.cli import command_parser
 from nextstate.app.cli.rollout import exams_of
 from nextstate.app.settings import Settings
-from nextstate.episodes import Episode, EpisodeStatus, Split
+from nextstate.engine.client import publish
+from nextstate.episodes import Episode, EpisodeState, EpisodeStatus, Split
 from nextstate.exams import Exam
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
+from nextstate.store.examiners import Examiners
 from proxy.lineages import Access
 from rollout import exam as exam_module
 from rollout.attempt import Attempt
-from rollout.exam import Exams, Given
+from rollout.exam import Exams, Given, Place
 from rollout.player import Here
 from rollout.proxy import Opened, ProxyClient
 from rollout.runner import Plan, run
@@ -55,6 +58,11 @@ def exam_of(store: Store, lineage: str = "main") -> Exam:
 
 def exam_episodes(store: Store) -> list[Episode]:
     return [one for one in every_episode(store) if one.split is Split.EVAL]
+
+
+async def episodes_of(exams: Exams) -> AsyncGenerator[tuple[Place, Opened, Task]]:
+    while (found := await exams.next()) is not None:
+        yield found
 
 
 def test_a_run_of_another_lineage_plays_the_exam_of_its_candidate(
@@ -146,6 +154,81 @@ def test_an_episode_of_an_exam_that_its_node_lost_is_played_again(
         statuses = [one.status for one in exam_episodes(store)]
         assert statuses.count(EpisodeStatus.ABORTED) == 2
         assert statuses.count(EpisodeStatus.DONE) == 8
+
+    both(test, store, tmp_path)
+
+
+def test_an_exam_that_begins_leaves_the_episodes_alone_that_are_still_played(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exam_module, "LOOK_S", 0.0)
+
+    async def test(_: ScriptedEngine, p: Running) -> None:
+        made = add_version(store, tmp_path, 1)
+        async with client(p) as proxy:
+            exams = Exams(GIVEN, proxy, store)
+            found = await exams.next()
+            assert found is not None
+            place, opened, task = found
+            assert (place.version, await proxy.calls(opened)) == (1, 0)
+            await publish(store, p.proxy.engines, made)  # it was waited for long enough
+            add_version(store, tmp_path, 2)
+            places = [one[0] async for one in episodes_of(exams)]
+            assert await proxy.state(opened.episode) is EpisodeState.OPEN
+            assert (len(places), len({*places, place})) == (7, 8)
+            for one in (*places, place):
+                done = Attempt(opened.episode, task, EpisodeStatus.DONE, outcome=1.0)
+                await exams.ended(one, done)
+            assert await exams.next() is None
+        assert exam_of(store) == Exam(planned=4, tasks=4, solved=4)
+
+    both(test, store, tmp_path)
+
+
+def test_a_run_that_ends_while_it_says_that_it_holds_the_exams_holds_them_no_more(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, go = threading.Event(), threading.Event()
+
+    def hold(lineage: str, holder: str) -> str:
+        asked.set()
+        go.wait(2)  # longer than `leave` would take beside it
+        return Examiners.hold(store.examiners, lineage, holder)
+
+    async def test() -> None:
+        holding = asyncio.create_task(
+            Exams(GIVEN, ProxyClient.__new__(ProxyClient), store).hold_on()
+        )
+        await asyncio.to_thread(asked.wait)
+        holding.cancel()
+        done, _ = await asyncio.wait([holding], timeout=1)
+        assert not done
+        go.set()
+        await asyncio.wait([holding])
+
+    monkeypatch.setattr(store.examiners, "hold", hold)
+    asyncio.run(test())
+    assert store.examiners.holder("main") is None
+
+
+def test_workers_that_find_nothing_wait_for_an_exam_while_another_plays(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exam_module, "LOOK_S", 0.0)
+
+    async def test(_: ScriptedEngine, p: Running) -> None:
+        async def step() -> None:
+            if not store.versions.newest("main", 1):
+                await asyncio.sleep(0.1)  # the others have looked, and found nothing
+                add_version(store, tmp_path, 1)
+            await until(lambda: kind.most_playing == PLAN.parallel)
+
+        kind = ShownKind(at_step=step)
+        async with client(p) as proxy:
+            exams = Exams(GIVEN, proxy, store)
+            await run(PLAN, tasks(1), kind, proxy, ignore, exams=exams)
+        assert kind.most_playing == PLAN.parallel
+        assert exam_of(store) == Exam(planned=4, tasks=4, solved=4)
 
     both(test, store, tmp_path)
 

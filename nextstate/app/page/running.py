@@ -51,7 +51,7 @@ def running(settings: Settings, store: Store, health: Json, lineage: str) -> Jso
         "max_lag": settings.learner.max_lag,
         "judges": judge_agreement(store.judging.labels()),
         "trained_judge": None if trained is None else trained["text"],
-        "exams": exams(settings, store).get(lineage),
+        "exams": exams(settings, store, [lineage]).get(lineage),
         "environments": {
             name.partition("/")[2]: settled_text(one)
             for name, one in worth.items()
