@@ -19,7 +19,7 @@ from nextstate.episodes import EpisodeState
 from nextstate.records import Json, Turn, TurnKind
 from nextstate.store import schema as t
 from nextstate.store.database import Cursor
-from nextstate.store.texts import hashes, one
+from nextstate.store.texts import hashes, one, one_within
 from nextstate.store.turns import turn_texts
 from nextstate.store.vault import PREFIX_BYTES, open_column
 from nextstate.wire import read_json
@@ -245,13 +245,11 @@ class Sessions:
 
     def message(self, key: bytes) -> Json:
         """The stored message with this hash."""
-        text = one(self._cursor, key)
-        assert text is not None
-        return read_json(text)
+        return read_json(one(self._cursor, key))
 
     def written(self, key: bytes, most: int) -> bytes | None:
         """The JSON of the stored message with this hash; None if it has more than `most` bytes."""
-        return one(self._cursor, key, most)
+        return one_within(self._cursor, key, most)
 
     def newest_start(self, name: str, lineage: str) -> tuple[str, int] | None:
         """(session, position in the store) of the newest main conversation under a name."""

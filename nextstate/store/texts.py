@@ -66,8 +66,15 @@ def get(connection: sa.Connection, keys: Iterable[bytes | None]) -> dict[bytes, 
     return found
 
 
-def one(cursor: Cursor, key: bytes, most: int | None = None) -> bytes | None:
-    """The text under `key`, which has to be there; None if it has more than `most` bytes."""
+def one(cursor: Cursor, key: bytes) -> bytes:
+    """The text under `key`, which has to be there."""
+    text = one_within(cursor, key, None)
+    assert text is not None
+    return text
+
+
+def one_within(cursor: Cursor, key: bytes, most: int | None) -> bytes | None:
+    """The same; None if it has more than `most` bytes."""
     cursor.settle()
     row = cursor.first(_ONE, key=key)
     assert row is not None
