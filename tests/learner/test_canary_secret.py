@@ -107,18 +107,18 @@ class Policy:
         request = {"model": "m", "messages": [{"role": "user", "content": ASKED}]}
         exchange = Exchange(f"t{number}", "main", None, request, capture, 0, Timings(1.0, 0.1, 0.2))
         read = read_exchange(exchange, PROFILE, RememberedMessages(redactor=redactor))
-        kept = read.kept
+        kept = read.content
         assert read.untrainable is None
         assert kept.prompt_ids is not None
         assert kept.completion_ids is not None
-        assert kept.logprobs is not None
+        assert kept.behaviour_logprobs is not None
         return Sample(
             f"t{number}",
             f"s{number}",
             0,
             kept.prompt_ids,
             kept.completion_ids,
-            kept.logprobs,
+            kept.behaviour_logprobs,
             1,
             None,
         )
