@@ -37,6 +37,7 @@ from nextstate.engine import process as vllm
 from nextstate.engine.client import publish
 from nextstate.engine.process import free_port
 from nextstate.errors import ConfigError, StartError
+from nextstate.offline import SWITCHES
 from nextstate.private_files import make_state_folder
 from nextstate.ray_cluster import TOKEN
 from nextstate.records import PolicyVersion, VersionState
@@ -210,7 +211,7 @@ def test_parts_run_on_ray_come_back_and_end_with_the_command(tmp_path: Path) -> 
             parts: dict[str, psutil.Process] = up.until(lambda: len(p := up.parts()) == 3 and p)
             assert {*parts} == {"proxy", "judge", "learner"}
             names = {name for part in parts.values() for name in part.environ()}
-            assert not [name for name in names if name.startswith("RAY_")]
+            assert {name for name in names if name.startswith("RAY_")} <= {*SWITCHES}
             assert "OMP_NUM_THREADS" not in names
             assert "--under-ray" in parts["learner"].cmdline()
             actor = actor_of(parts["proxy"])

@@ -6,6 +6,7 @@ import asyncio
 import re
 import tempfile
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from nextstate.config import StoreConfig
 from nextstate.engine.client import publish
+from nextstate.errors import ConflictError
 from nextstate.records import PolicyVersion, Turn, Verdict, VersionState
 from nextstate.store import Store
 from proxy.lineages import Access
@@ -375,7 +377,8 @@ class Traffic:
         else:
             self.numbers[op[1]] += 1
             version = add_version(self.store, self.folder, op[1], self.numbers[op[1]])
-            await publish(self.store, self.p.proxy.engines, version)
+            with suppress(ConflictError):  # another one was chosen while this one was loaded
+                await publish(self.store, self.p.proxy.engines, version)
 
     async def ask(
         self, caller: str, stream: bool, by_alias: bool, session: str | None, how: str
