@@ -33,7 +33,7 @@ from learner.ranks import Ranks
 from learner.schedule import LiveRequests, Schedule, parse_schedule
 from learner.shared_trainer import SharedTrainer
 from learner.trainer import PolicyTrainer, build_trainer
-from nextstate.errors import LearnerError, NoRoomError, StartError
+from nextstate.errors import LearnerError, NoRoomError, StartError, TakenError
 from nextstate.private_files import make_folder
 from nextstate.process_lock import ProcessLock
 from nextstate.store import Store
@@ -81,7 +81,9 @@ def run(
             make_folder(folder)
             taken = f"lineage {name!r} is trained"
             remedy = "end it, or train another one with `nextstate learner --lineage NAME`"
-            opened.enter_context(ProcessLock(folder / "lock", taken, remedy))
+            # With a server the holder may be a machine that was cut off, and end soon.
+            error = TakenError if store.config.url.startswith("postgres") else StartError
+            opened.enter_context(ProcessLock(folder / "lock", taken, remedy, error))
             opened.enter_context(store.roles.hold(f"learner/{name}", taken, remedy))
             writers[name] = open_writers(config, folder, name)
             opened.callback(writers[name].close)

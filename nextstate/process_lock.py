@@ -12,14 +12,17 @@ from nextstate.errors import StartError
 class ProcessLock:
     """An exclusive lock for as long as the block runs; it ends with its process."""
 
-    def __init__(self, path: Path, taken: str, remedy: str) -> None:
+    def __init__(
+        self, path: Path, taken: str, remedy: str, error: type[StartError] = StartError
+    ) -> None:
         """The error if it is held: "{taken} by process N: {remedy}"."""
+        self._error = error
         self._path = path
         self._taken = taken
         self._remedy = remedy
 
     def __enter__(self) -> None:
-        """Raises StartError that names the other process."""
+        """Raises an error that names the other process, and StartError for a link."""
         if self._path.is_symlink():
             raise StartError(f"{self._path} is a link, and a lock is written to: remove it")
         self._file = self._path.open("a+")
@@ -29,7 +32,7 @@ class ProcessLock:
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown"
             self._file.close()
-            raise StartError(f"{self._taken} by process {holder}: {self._remedy}") from None
+            raise self._error(f"{self._taken} by process {holder}: {self._remedy}") from None
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
         self._file.flush()

@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from learner import evaluator, lineage, stage, trainer
 from learner.checkpoint import load_checkpoint
 from learner.config import LearnerConfig
+from learner.folders import lineage_folder
 from learner.kl import kl_divergence
 from learner.shared_trainer import SharedTrainer
 from learner.step_size import MAX_TRIES
 from learner.weights import Snapshot
-from nextstate.errors import LearnerError, StartError
+from nextstate.errors import LearnerError, StartError, TakenError
+from nextstate.process_lock import ProcessLock
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from tests.learner.test_tiny_model import BAD, CONFIG, GOOD, PROMPT, Recorded, save_tiny_model
@@ -230,6 +232,19 @@ def test_a_lineage_is_trained_by_one_process_at_a_time(tmp_path: Path, model_pat
         f"lineage 'main' is trained by process {os.getpid()}: end it, or train another one with "
         "`nextstate learner --lineage NAME`"
     ]
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
+def test_files_that_another_process_has_are_waited_for_where_machines_share_them(
+    store: Store, database: str, model_path: str
+) -> None:
+    """A learner that was cut off from Ray may hold them until it has ended itself."""
+    folder = lineage_folder(store.dir / "learner", MAIN)
+    folder.mkdir(parents=True)
+    service = Service(store, (MAIN, 1))
+    with ProcessLock(folder / "lock", "taken", "end it"), pytest.raises(StartError) as refused:
+        stage.run(store, CONFIG, model_path, [MAIN], service, service.stop)
+    assert isinstance(refused.value, TakenError) is (database == "postgresql")
 
 
 class FakeTrainer:
