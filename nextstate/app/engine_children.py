@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 
 from nextstate import sealed_files
@@ -164,15 +164,15 @@ class VersionEngines:
     async def _run_pool(self, ended: asyncio.Event) -> None:
         settings = self._settings
         store = await asyncio.to_thread(Store, settings.store, patience=Patience(math.inf))
-        async with engine_clients(settings) as clients:
-            exact = settings.engine.dtype == "float32"
-            if not vllm.on_cpu():  # each measures the GPU's memory while it starts
-                await _is_up(clients[0], ended)
-            self._pool = EnginePool(
-                store, clients[0], self._make, self._room, self._on_change, exact=exact
-            )
-            await self._pool.run(ended)
-        store.close()
+        with closing(store):
+            async with engine_clients(settings) as clients:
+                exact = settings.engine.dtype == "float32"
+                if not vllm.on_cpu():  # each measures the GPU's memory while it starts
+                    await _is_up(clients[0], ended)
+                self._pool = EnginePool(
+                    store, clients[0], self._make, self._room, self._on_change, exact=exact
+                )
+                await self._pool.run(ended)
 
     def _make(self, engine: WholeEngine) -> tuple[Child, str]:
         """A version's own engine, with the base's settings, and its address."""
